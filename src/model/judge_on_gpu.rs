@@ -101,8 +101,12 @@ fn graphs_have_the_bits_of_their_passes() -> Result<()> {
     let mut replayed = 0;
     for (number, case) in wide_cases().into_iter().enumerate() {
         for (dtype, tolerance) in [(DType::F32, 2e-5), (DType::BF16, 5e-2)] {
+            // Half of the cases in each type: this takes a minute otherwise.
+            if (number + usize::from(dtype == DType::F32)) % 2 == 0 {
+                continue;
+            }
             let (decoder, adapter) = decoder_on(&case, dtype, &gpu);
-            let (smoothing, noise) = if number % 2 == 1 { (0.1, 5.0) } else { (0.0, 0.0) };
+            let (smoothing, noise) = if number / 4 % 2 == 1 { (0.1, 5.0) } else { (0.0, 0.0) };
             let batches = batches_of_one_shape(&decoder.facts, smoothing, noise);
             let levels = [Keep::Everything, Keep::LayerInputs][number / 2 % 2];
             let keep = vec![levels; decoder.layers.len()];
@@ -136,7 +140,7 @@ fn graphs_have_the_bits_of_their_passes() -> Result<()> {
             replayed += with.size().0;
         }
     }
-    assert!(replayed > 40, "only {replayed} cases have graphs");
+    assert!(replayed > 20, "only {replayed} cases have graphs");
     Ok(())
 }
 
