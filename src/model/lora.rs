@@ -89,6 +89,8 @@ pub struct Pairs {
     list: Vec<Option<Pair>>,
     /// Trained rows of tables of tokens.
     tokens: Vec<FinishedRows>,
+    /// B^T of each pair, for few rows on a CPU; made once.
+    across: std::sync::OnceLock<Vec<Option<Tensor>>>,
     /// Addresses of the matrices on a GPU; made once.
     #[cfg(feature = "cuda")]
     table: std::sync::OnceLock<Tensor>,
@@ -194,6 +196,7 @@ impl Pairs {
         Pairs {
             list: by_number(pairs),
             tokens: Vec::new(),
+            across: Default::default(),
             #[cfg(feature = "cuda")]
             table: Default::default(),
         }
@@ -217,6 +220,19 @@ impl Pairs {
     /// The largest rank of a pair; 0 without pairs.
     pub fn rank(&self) -> usize {
         self.list.iter().flatten().map(|pair| pair.a.dims().0).max().unwrap_or(0)
+    }
+
+    /// B^T [R, N] of each pair, by the index of its linear layer; `None`: there is none, or it is in 4 bits.
+    fn across(&self) -> Result<&[Option<Tensor>]> {
+        if self.across.get().is_none() {
+            let across = |pair: &Option<Pair>| match pair {
+                Some(Pair { b: Weight::Dense(b), .. }) => b.t()?.contiguous().map(Some),
+                _ => Ok(None),
+            };
+            // Two threads may make it at once: either is right.
+            let _ = self.across.set(self.list.iter().map(across).collect::<Result<_>>()?);
+        }
+        Ok(self.across.get().expect("just made"))
     }
 
     /// Whether a pair has magnitudes.
@@ -245,10 +261,15 @@ impl Pairs {
         Ok(self.table.get().expect("just made"))
     }
 
-    /// Bytes of all matrices, and of the magnitudes with the lengths that belong to them.
+    /// Bytes of all matrices, and of the magnitudes with the lengths that belong to them. A CPU holds B twice
+    /// (`across`).
     pub fn bytes(&self) -> usize {
         let magnitudes = |pair: &Pair| if pair.dora.is_some() { 12 * pair.b.dims().0 } else { 0 };
-        let pairs = self.list.iter().flatten().map(|pair| pair.a.bytes() + pair.b.bytes() + magnitudes(pair));
+        let held = |b: &Weight| match b {
+            Weight::Dense(tensor) if tensor.device().is_cpu() => 2 * b.bytes(),
+            _ => b.bytes(),
+        };
+        let pairs = self.list.iter().flatten().map(|pair| pair.a.bytes() + held(&pair.b) + magnitudes(pair));
         pairs.chain(self.tokens.iter().map(FinishedRows::bytes)).sum()
     }
 }
@@ -314,17 +335,22 @@ impl<'a> Mixture<'a> {
         if short == 0 || self.parts.iter().any(|part| part.adapter.has_magnitudes()) {
             return Ok(0);
         }
-        let layer = |(at, linear): &(usize, &Linear)| {
-            let pairs = self.parts.iter().filter_map(|part| {
-                let rows = part.rows.start..part.rows.end.min(short);
-                let pair =
-                    part.adapter.get(linear.site).filter(|_| part.strength != 0.0 && !rows.is_empty())?;
-                let factor = pair.scale * linear.factor * part.strength;
-                Some(row_pairs::Pair { a: &pair.a, b: &pair.b, rows, factor })
-            });
-            row_pairs::Layer { at: *at, columns: linear.weight.dims().0, pairs: pairs.collect() }
-        };
-        let layers: Vec<row_pairs::Layer> = linears.iter().map(layer).collect();
+        let across = self.parts.iter().map(|part| part.adapter.across()).collect::<Result<Vec<_>>>()?;
+        let mut layers = Vec::with_capacity(linears.len());
+        for (at, linear) in linears {
+            let mut pairs = Vec::new();
+            for (Part { adapter, rows, strength }, across) in self.parts.iter().zip(&across) {
+                let rows = rows.start..rows.end.min(short);
+                let Some(pair) = adapter.get(linear.site).filter(|_| *strength != 0.0 && !rows.is_empty())
+                else {
+                    continue;
+                };
+                let (Weight::Dense(a), Some(b)) = (&pair.a, &across[linear.site]) else { return Ok(0) };
+                let factor = pair.scale * linear.factor * strength;
+                pairs.push(row_pairs::Pair { a, b, rows, factor });
+            }
+            layers.push(row_pairs::Layer { at: *at, columns: linear.weight.dims().0, pairs });
+        }
         Ok(if row_pairs::add(x, y, &layers, pass.precision)? { short } else { 0 })
     }
 

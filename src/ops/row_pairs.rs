@@ -12,7 +12,6 @@ use rayon::prelude::*;
 
 use super::cpu::{self, Real};
 use super::gemm::rounded;
-use super::weight::Weight;
 use crate::facts::Precision;
 
 /// Products of two numbers that one task computes at least; waking a thread costs as much.
@@ -23,9 +22,9 @@ const COLUMNS: usize = 256;
 /// A pair on some rows.
 pub struct Pair<'a> {
     /// A [R, K], in f32 or bf16.
-    pub a: &'a Weight,
-    /// B [N, R], in f32 or bf16.
-    pub b: &'a Weight,
+    pub a: &'a Tensor,
+    /// B^T [R, N], in f32 or bf16: neighbours are columns of y.
+    pub b: &'a Tensor,
     /// The rows of x and y.
     pub rows: Range<usize>,
     /// The factor on what the pair adds.
@@ -47,30 +46,39 @@ pub struct Layer<'a> {
 pub fn add(x: &Tensor, y: &Tensor, layers: &[Layer], precision: Precision) -> Result<bool> {
     let ((_, k), (_, width)) = (x.dims2()?, y.dims2()?);
     let pairs = || layers.iter().flat_map(|layer| &layer.pairs);
-    if x.dtype() != DType::F32 || pairs().any(|pair| !is_dense(pair.a) || !is_dense(pair.b)) {
+    let is_held = |tensor: &Tensor| matches!(tensor.dtype(), DType::F32 | DType::BF16);
+    if x.dtype() != DType::F32 || pairs().any(|pair| !is_held(pair.a) || !is_held(pair.b)) {
         return Ok(false);
     }
-    let x = cpu::read::<f32>(x)?;
-    let mut x = x.to_vec();
-    if precision != Precision::F32 {
-        cpu::vectorized(
-            #[inline(always)]
-            || {
-                for value in &mut x {
-                    *value = rounded(*value, precision);
-                }
-            },
-        );
-    }
-    let values = pairs().map(|pair| Ok([Values::of(pair.a)?, Values::of(pair.b)?]));
-    let values = values.collect::<Result<Vec<[Values; 2]>>>()?;
-    let lows = lows(&x, k, &pairs().zip(&values).collect::<Vec<_>>(), precision);
-    cpu::edit(y, |y: &mut [f32]| add_lows(y, width, layers, &values, &lows, precision))?;
+    let mut x = cpu::read::<f32>(x)?.to_vec();
+    round(&mut x, precision);
+    let a = pairs().map(|pair| Values::of(pair.a)).collect::<Result<Vec<Values>>>()?;
+    let b = pairs().map(|pair| Values::of(pair.b)).collect::<Result<Vec<Values>>>()?;
+    let pairs: Vec<&Pair> = pairs().collect();
+    let lows = lows(&x, k, &pairs, &a, precision)?;
+    cpu::edit(y, |y: &mut [f32]| add_lows(y, width, layers, &pairs, &b, &lows, precision))?;
     Ok(true)
 }
 
-fn is_dense(weight: &Weight) -> bool {
-    matches!(weight, Weight::Dense(tensor) if matches!(tensor.dtype(), DType::F32 | DType::BF16))
+/// The values as products of this precision take them.
+fn round(values: &mut [f32], precision: Precision) {
+    if precision == Precision::F32 {
+        return;
+    }
+    cpu::vectorized(
+        #[inline(always)]
+        || {
+            for value in values {
+                *value = rounded(*value, precision);
+            }
+        },
+    );
+}
+
+impl Pair<'_> {
+    fn rank(&self) -> usize {
+        self.a.dims()[0]
+    }
 }
 
 /// A matrix, as it is stored.
@@ -80,67 +88,48 @@ enum Values<'a> {
 }
 
 impl Values<'_> {
-    fn of(weight: &Weight) -> Result<Values<'_>> {
-        match weight {
-            Weight::Dense(tensor) if tensor.dtype() == DType::BF16 => Ok(Values::Bf16(cpu::read(tensor)?)),
-            Weight::Dense(tensor) => Ok(Values::F32(cpu::read(tensor)?)),
-            Weight::FourBit(_) => candle_core::bail!("a pair in 4 bits"),
-        }
+    fn of(tensor: &Tensor) -> Result<Values<'_>> {
+        Ok(match tensor.dtype() {
+            DType::BF16 => Values::Bf16(cpu::read(tensor)?),
+            _ => Values::F32(cpu::read(tensor)?),
+        })
     }
+}
 
-    /// `to[i] += factor * sum` for the product of each of some rows, which have `depth` values, with x.
-    #[inline(always)]
-    fn add_dots<const LANES: usize>(
-        &self,
-        rows: Range<usize>,
-        depth: usize,
-        x: &[f32],
-        precision: Precision,
-        factor: f32,
-        to: &mut [f32],
-    ) {
-        let range = rows.start * depth..rows.end * depth;
-        match (self, precision) {
-            (Values::Bf16(values), _) => {
-                add_dots::<_, LANES>(&values[range], x, factor, to, f32::widen);
+/// Runs the body with the values of `$range` and a function that widens one as products of this precision take it.
+macro_rules! with_values {
+    ($values:expr, $range:expr, $precision:expr, |$slice:ident, $wide:ident| $body:expr) => {
+        match $values {
+            Values::Bf16(values) => {
+                let ($slice, $wide) = (&values[$range], <f32 as Real>::widen);
+                $body
             }
-            (Values::F32(values), Precision::F32) => add_dots::<_, LANES>(
-                &values[range],
-                x,
-                factor,
-                to,
-                #[inline(always)]
-                |value| value,
-            ),
-            (Values::F32(values), _) => add_dots::<_, LANES>(
-                &values[range],
-                x,
-                factor,
-                to,
-                #[inline(always)]
-                |value| rounded(value, precision),
-            ),
+            Values::F32(values) if $precision == Precision::F32 => {
+                let ($slice, $wide) = (
+                    &values[$range],
+                    #[inline(always)]
+                    |value: f32| value,
+                );
+                $body
+            }
+            Values::F32(values) => {
+                let ($slice, $wide) = (
+                    &values[$range],
+                    #[inline(always)]
+                    |value: f32| rounded(value, $precision),
+                );
+                $body
+            }
         }
-    }
+    };
 }
 
-/// `to[i] += factor * (w[i] . x)`.
-#[inline(always)]
-fn add_dots<W: Copy, const LANES: usize>(
-    w: &[W],
-    x: &[f32],
-    factor: f32,
-    to: &mut [f32],
-    wide: impl Fn(W) -> f32 + Copy,
-) {
-    for (w, to) in w.chunks_exact(x.len()).zip(to) {
-        *to += factor * dot::<W, LANES>(w, x, wide);
-    }
-}
+/// Lanes of a sum over the columns of A.
+const LANES: usize = 32;
 
-/// The sum of w * x in so many lanes, whose order depends on the length alone.
+/// The sum of w * x, whose order depends on the length alone.
 #[inline(always)]
-fn dot<W: Copy, const LANES: usize>(w: &[W], x: &[f32], wide: impl Fn(W) -> f32 + Copy) -> f32 {
+fn dot<W: Copy>(w: &[W], x: &[f32], wide: impl Fn(W) -> f32) -> f32 {
     let ((w_chunks, w_rest), (x_chunks, x_rest)) = (w.as_chunks::<LANES>(), x.as_chunks::<LANES>());
     let mut lanes = [0f32; LANES];
     for (w, x) in w_chunks.iter().zip(x_chunks) {
@@ -161,45 +150,58 @@ fn dot<W: Copy, const LANES: usize>(w: &[W], x: &[f32], wide: impl Fn(W) -> f32 
     lanes[0]
 }
 
+/// `sums[i] += w[i] * x`.
+#[inline(always)]
+fn add_product<W: Copy>(sums: &mut [f32], w: &[W], x: f32, wide: impl Fn(W) -> f32) {
+    for (sum, w) in sums.iter_mut().zip(w) {
+        *sum = wide(*w).mul_add(x, *sum);
+    }
+}
+
 /// x A^T of each pair: for each of its rows, R values, rounded as the next product takes them.
-fn lows(x: &[f32], k: usize, pairs: &[(&Pair, &[Values; 2])], precision: Precision) -> Vec<Vec<f32>> {
-    let rank = |pair: &Pair| pair.a.dims().0;
-    // One unit is a row of A, for all rows of x: it is read once.
-    let units: Vec<(usize, usize)> = pairs
-        .iter()
-        .enumerate()
-        .flat_map(|(number, (pair, _))| (0..rank(pair)).map(move |at| (number, at)))
-        .collect();
-    let products = pairs.iter().map(|(pair, _)| rank(pair) * pair.rows.len() * k).sum();
-    let unit = |&(number, at): &(usize, usize)| -> Vec<f32> {
-        let (pair, [a, _]) = pairs[number];
-        let mut found = vec![0f32; pair.rows.len()];
+fn lows(x: &[f32], k: usize, pairs: &[&Pair], a: &[Values], precision: Precision) -> Result<Vec<Vec<f32>>> {
+    let products = pairs.iter().map(|pair| pair.rank() * pair.rows.len() * k).sum();
+    // Some rows of a pair's A, which are read once for all rows of x.
+    let units = |rows: usize| -> Vec<(usize, Range<usize>)> {
+        let of = |(number, pair): (usize, &&Pair)| {
+            let rank = pair.rank();
+            (0..rank).step_by(rows).map(move |from| (number, from..rank.min(from + rows))).collect::<Vec<_>>()
+        };
+        pairs.iter().enumerate().flat_map(of).collect()
+    };
+    let unit = |(number, range): &(usize, Range<usize>)| -> Vec<f32> {
+        let pair = pairs[*number];
+        let mut found = vec![0f32; range.len() * pair.rows.len()];
         cpu::vectorized(
             #[inline(always)]
             || {
-                for (number, found) in found.iter_mut().enumerate() {
-                    let x = &x[(pair.rows.start + number) * k..][..k];
-                    a.add_dots::<32>(at..at + 1, k, x, precision, 1.0, std::slice::from_mut(found));
-                    *found = rounded(*found, precision);
+                for (at, found) in range.clone().zip(found.chunks_exact_mut(pair.rows.len())) {
+                    with_values!(&a[*number], at * k..(at + 1) * k, precision, |w, wide| {
+                        for (row, found) in pair.rows.clone().zip(found) {
+                            *found = rounded(dot(w, &x[row * k..(row + 1) * k], wide), precision);
+                        }
+                    });
                 }
             },
         );
         found
     };
-    let columns: Vec<Vec<f32>> = match at_once(products, units.len()) {
-        None => units.iter().map(unit).collect(),
-        Some(least) => units.par_iter().with_min_len(least).map(unit).collect(),
+    let all: usize = pairs.iter().map(|pair| pair.rank()).sum();
+    let found: Vec<Vec<f32>> = match at_once(products, all) {
+        None => units(usize::MAX).iter().map(unit).collect(),
+        Some(rows) => units(rows).par_iter().with_max_len(1).map(unit).collect(),
     };
-    let mut columns = columns.iter();
-    let of_pair = |(pair, _): &(&Pair, &[Values; 2])| {
-        let (rank, rows) = (rank(pair), pair.rows.len());
+    // [R, rows] of each pair, one behind the other -> [rows, R].
+    let mut found = found.iter().flatten();
+    let mut of_pair = |pair: &&Pair| {
+        let (rank, rows) = (pair.rank(), pair.rows.len());
         let mut low = vec![0f32; rows * rank];
-        for (at, column) in columns.by_ref().take(rank).enumerate() {
-            (0..rows).for_each(|row| low[row * rank + at] = column[row]);
+        for (at, value) in found.by_ref().take(rows * rank).enumerate() {
+            low[at % rows * rank + at / rows] = *value;
         }
         low
     };
-    pairs.iter().map(of_pair).collect()
+    Ok(pairs.iter().map(&mut of_pair).collect())
 }
 
 /// Some columns of y in one row.
@@ -215,34 +217,45 @@ fn add_lows(
     y: &mut [f32],
     width: usize,
     layers: &[Layer],
-    values: &[[Values; 2]],
+    pairs: &[&Pair],
+    b: &[Values],
     lows: &[Vec<f32>],
     precision: Precision,
 ) {
-    let firsts: Vec<usize> = layers
-        .iter()
-        .scan(0, |sum, layer| {
-            *sum += layer.pairs.len();
-            Some(*sum - layer.pairs.len())
-        })
-        .collect();
+    let mut first = 0;
+    let numbers = layers.iter().map(|layer| {
+        first += layer.pairs.len();
+        first - layer.pairs.len()..first
+    });
+    let numbers: Vec<Range<usize>> = numbers.collect();
+    let products = |layer: &Layer| -> usize {
+        layer.pairs.iter().map(|pair| pair.rows.len() * layer.columns * pair.rank()).sum()
+    };
+    let products = layers.iter().map(products).sum();
     let mut parts = parts(y, width, layers);
-    let products = layers
-        .iter()
-        .flat_map(|layer| layer.pairs.iter().map(|pair| pair.rows.len() * layer.columns * pair.b.dims().1))
-        .sum();
     let add = |part: &mut Part| {
         cpu::vectorized(
             #[inline(always)]
             || {
-                for (number, pair) in layers[part.layer].pairs.iter().enumerate() {
+                for number in numbers[part.layer].clone() {
+                    let pair = pairs[number];
                     if !pair.rows.contains(&part.row) {
                         continue;
                     }
-                    let (number, rank) = (firsts[part.layer] + number, pair.b.dims().1);
+                    let (rank, columns) = (pair.rank(), layers[part.layer].columns);
                     let low = &lows[number][(part.row - pair.rows.start) * rank..][..rank];
-                    let (columns, factor) = (part.columns.clone(), pair.factor as f32);
-                    values[number][1].add_dots::<8>(columns, rank, low, precision, factor, part.y);
+                    let mut sums = [0f32; COLUMNS];
+                    let sums = &mut sums[..part.y.len()];
+                    for (at, low) in low.iter().enumerate() {
+                        let range = at * columns + part.columns.start..at * columns + part.columns.end;
+                        with_values!(&b[number], range, precision, |w, wide| add_product(
+                            sums, w, *low, wide
+                        ));
+                    }
+                    let factor = pair.factor as f32;
+                    for (y, sum) in part.y.iter_mut().zip(sums) {
+                        *y += factor * *sum;
+                    }
                 }
             },
         )
@@ -253,7 +266,7 @@ fn add_lows(
     }
 }
 
-/// The columns of all layers in all rows that have a pair. Parts that read the same rows of B are neighbours.
+/// The columns of all layers in all rows that have a pair. Parts that read the same columns of B^T are neighbours.
 fn parts<'y>(y: &'y mut [f32], width: usize, layers: &[Layer]) -> Vec<Part<'y>> {
     let mut order: Vec<usize> = (0..layers.len()).collect();
     order.sort_by_key(|layer| layers[*layer].at);
@@ -262,9 +275,7 @@ fn parts<'y>(y: &'y mut [f32], width: usize, layers: &[Layer]) -> Vec<Part<'y>> 
         let mut at = 0;
         for &number in &order {
             let layer = &layers[number];
-            let (skipped, behind) = rest.split_at_mut(layer.at - at);
-            let (own, behind) = behind.split_at_mut(layer.columns);
-            let _ = skipped;
+            let (own, behind) = rest.split_at_mut(layer.at - at).1.split_at_mut(layer.columns);
             (rest, at) = (behind, layer.at + layer.columns);
             if layer.pairs.iter().any(|pair| pair.rows.contains(&row)) {
                 for (block, y) in own.chunks_mut(COLUMNS).enumerate() {
@@ -356,8 +367,9 @@ mod tests {
             for (precision, stored) in
                 [(Precision::F32, DType::F32), (Precision::Bf16, DType::F32), (Precision::Bf16, DType::BF16)]
             {
-                let dense = |tensor: &Tensor| Weight::Dense(tensor.to_dtype(stored).unwrap());
-                let held: Vec<(Weight, Weight)> = weights.iter().map(|(a, b)| (dense(a), dense(b))).collect();
+                let dense = |tensor: &Tensor| tensor.to_dtype(stored).unwrap().contiguous().unwrap();
+                let held: Vec<(Tensor, Tensor)> =
+                    weights.iter().map(|(a, b)| (dense(a), dense(&b.t().unwrap()))).collect();
                 let layer = |number: usize, rows: &Range<usize>| {
                     let own = PAIRS.iter().zip(&held).filter(|((layer, ..), _)| *layer == number);
                     let pairs = own.filter_map(|((_, of, factor), (a, b))| {
@@ -398,7 +410,7 @@ mod tests {
     #[test]
     fn other_types_are_left_to_the_products() {
         let pair = |dtype| {
-            let weight = Weight::Dense(Tensor::zeros((2, 2), dtype, &Device::Cpu).unwrap());
+            let weight = Tensor::zeros((2, 2), dtype, &Device::Cpu).unwrap();
             let y = Tensor::zeros((1, 2), dtype, &Device::Cpu).unwrap();
             let layers = [Layer {
                 at: 0,

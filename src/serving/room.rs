@@ -111,7 +111,10 @@ pub fn adapter_bytes(folder: &Path, place: Place, precision: Precision) -> Resul
     let tensors: Vec<(&String, &Value)> = tensors.collect();
     let is_plain = tensors.iter().all(|(name, _)| name.contains(".lora_A.") || name.contains(".lora_B."));
     let bytes = if precision != Precision::F32 && (place == Place::Gpu || is_plain) { 2 } else { 4 };
-    Ok(tensors.iter().map(|(_, tensor)| values(tensor)).sum::<u64>().saturating_mul(bytes))
+    // It holds B twice (`Pairs::bytes`).
+    let times = |name: &str| if place != Place::Gpu && name.contains(".lora_B.") { 2 } else { 1 };
+    let values = tensors.iter().map(|(name, tensor)| values(tensor).saturating_mul(times(name)));
+    Ok(values.fold(0, u64::saturating_add).saturating_mul(bytes))
 }
 
 /// The plan of a server that is not started: for this machine, or for a card by its name. Nothing is fetched.
