@@ -342,8 +342,7 @@ fn what_a_step_asks_of_the_device() {
             0,
         ),
         // Behind the gradients are places for the losses of 32 ranks. Expanded weights lie together by their input, and
-        // 64 spare columns are half of this model's width.
-        // What the pass reads of its batch stays until its end.
+        // 64 spare columns are half of this model's width. The batch's lists are there from the beginning of a pass on.
         ("peak bytes", after.peak_bytes, 1_706_932),
     ];
     for (what, found, expected) in found {

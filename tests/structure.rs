@@ -52,6 +52,10 @@ const JUDGED_ELSEWHERE: &[(&str, &str)] = &[
     ("judge.rs", "the judge"),
     ("largest.rs", "serving's choice of a token; nothing is trained through it"),
     (
+        "row_pairs.rs",
+        "serving's finished pairs; nothing is trained through it, and its sums are compared with f64",
+    ),
+    (
         "low_rank.rs",
         "products, compared in f64 in both directions; src/model/judge.rs judges pairs inside the decoder",
     ),

@@ -79,8 +79,8 @@ impl Together {
         link.ends_training().map(|()| done)
     }
 
-    /// Loads the base. `work` says after each part that it `moved`. A rank that does not move, while others wait for it,
-    /// ends all of them.
+    /// Loads the base. `work` says after each part that it `moved`. A rank that does not move, while others wait for
+    /// it, ends all of them.
     pub fn while_loading<T>(&self, work: impl FnOnce(&dyn Fn()) -> Result<T>) -> Result<T> {
         let Some(link) = &self.0 else { return work(&|| ()) };
         link.hurries();

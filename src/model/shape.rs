@@ -1,7 +1,7 @@
 //! The batch of a training pass on a GPU -> the batch that it is filled up to, so that few graphs serve all passes.
 //!
-//! Rows at the end are an example of their own. No target and no list of rows names them, so their gradient is zero, and
-//! so is what they add to any sum. Targets that fill the list up have neither a row nor a loss.
+//! Rows at the end are an example of their own. No target and no list of rows names them, so their gradient is zero,
+//! and so is what they add to any sum. Targets that fill the list up have neither a row nor a loss.
 
 use crate::ops::cross_entropy::NO_TARGET;
 use crate::ops::rows::NO_ROW;

@@ -48,6 +48,7 @@ impl Bounds {
 pub fn add(x: &Tensor, bounds: &Bounds, factor: f64, keys: &Tensor) -> Result<()> {
     let (rows, width) = x.dims2()?;
     assert!(keys.elem_count() == rows && bounds.count() == rows, "one key and one bound a row");
+    #[cfg_attr(not(feature = "cuda"), allow(clippy::infallible_destructuring_match))]
     let most = match bounds {
         #[cfg(feature = "cuda")]
         Bounds::There(most) => return gpu::add(x, most, factor, keys),

@@ -48,6 +48,7 @@ pub fn gather(x: &Tensor, index: &[u32]) -> Result<Tensor> {
 /// `gather` with numbers that lie on the device. For `NO_ROW` it takes some row.
 pub fn gather_at(x: &Tensor, index: &Index) -> Result<Tensor> {
     let (_, width) = x.dims2()?;
+    #[cfg_attr(not(feature = "cuda"), allow(clippy::infallible_destructuring_match))]
     let index = match index {
         #[cfg(feature = "cuda")]
         Index::There(index) => return gpu::gather(x, index),
