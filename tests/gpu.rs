@@ -360,8 +360,8 @@ fn what_a_step_asks_of_the_device() {
     assert_eq!(after.device_to_host_copies - before.device_to_host_copies, 3 + 2, "copies to the host");
     assert_eq!(after.host_to_device_copies - before.host_to_device_copies, 10 + 2, "copies to the device");
     // A pass by its graph. What is left is around the passes: the sums of squares of the gradient and of the parameters
-    // (two launches each), the update, and the graph itself. The loss is copied out of the graph's place. Numbers, f32
-    // values and keys go into their places (the embedding lies on the device), and nobody waits for them.
+    // (two launches each), and the update. The loss is copied out of the graph's place; numbers, f32 values and keys go
+    // into their places, and nobody waits for them.
     Change::Steps.set(true);
     let (before, after) = two_steps(&decoder, &adapter, Keep::Everything);
     let found = [

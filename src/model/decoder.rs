@@ -63,9 +63,8 @@ struct SentTurns {
     growth: Option<Angles>,
 }
 
-/// What a training pass reads of its batch, where the layers compute.
+/// What a training pass reads of its batch besides the tokens, where the layers compute.
 pub(super) struct Prepared<'a> {
-    embedded: embedding::Sent,
     turns: SentTurns,
     pub(super) packing: Packing,
     keys: Tensor,
@@ -159,7 +158,8 @@ impl Decoder {
     ) -> Result<Number> {
         // It comes first: if anything fails, other ranks wait for its gatherings.
         let tour = self.tour(self.lowest(adapter));
-        self.run(tour, adapter, keep, batch, &self.prepare(batch, scale)?, done)
+        let (embedded, prepared) = self.prepare(batch, scale)?;
+        self.run(tour, adapter, keep, batch, embedded, &prepared, done)
     }
 
     /// A pass that computes from its batch's copy on the device. Whether a graph can hold it is `recorded`'s matter.
@@ -169,13 +169,19 @@ impl Decoder {
         adapter: &Trainable,
         keep: &[Keep],
         batch: &Batch,
-        prepared: &Prepared,
+        (embedded, prepared): (&embedding::Sent, &Prepared),
     ) -> Result<Number> {
-        self.run(self.tour(self.lowest(adapter)), adapter, keep, batch, prepared, &mut |_| Ok(()))
+        let tour = self.tour(self.lowest(adapter));
+        self.run(tour, adapter, keep, batch, embedded.clone(), prepared, &mut |_| Ok(()))
     }
 
-    /// Copies what a training pass reads of its batch to the device.
-    pub(super) fn prepare<'a>(&self, batch: &'a Batch, scale: f64) -> Result<Prepared<'a>> {
+    /// Copies what a training pass reads of its batch to the device: the tokens, which the first layer takes, and the
+    /// rest.
+    pub(super) fn prepare<'a>(
+        &self,
+        batch: &'a Batch,
+        scale: f64,
+    ) -> Result<(embedding::Sent, Prepared<'a>)> {
         let device = &self.device;
         let (positions, lengths) = batch.positions();
         let noise = match batch.noise {
@@ -183,29 +189,27 @@ impl Decoder {
             alpha => Some(noise::Bounds::send(alpha, &lengths, self.facts.width, device)?),
         };
         let goal = Goal { scale, smoothing: batch.label_smoothing };
-        Ok(Prepared {
-            embedded: embedding::send(
-                &self.embedding,
-                &batch.ids,
-                self.embedding_factor(),
-                self.dtype,
-                device,
-            )?,
+        let (ids, factor) = (&batch.ids, self.embedding_factor());
+        let embedded = embedding::send(&self.embedding, ids, factor, self.dtype, device)?;
+        let prepared = Prepared {
             turns: self.send_turns(positions, lengths, batch.room)?,
             packing: batch.packing(),
             keys: dropout::keys(&batch.keys, device)?,
             noise,
             wanted: rows::Index::send(&batch.target_rows, batch.rows(), device)?,
             aims: cross_entropy::Aims::send(&batch.targets, goal, device)?,
-        })
+        };
+        Ok((embedded, prepared))
     }
 
+    #[allow(clippy::too_many_arguments)]
     fn run(
         &self,
         mut tour: Tour,
         adapter: &Trainable,
         keep: &[Keep],
         batch: &Batch,
+        embedded: embedding::Sent,
         prepared: &Prepared,
         done: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Number> {
@@ -215,7 +219,7 @@ impl Decoder {
         let turns = prepared.turns.turns()?;
         let lora = Lora::Training(Training { adapter, dropout_keys: Some(&prepared.keys) });
         let pass = self.pass(&turns, &prepared.packing, lora);
-        let mut x = self.embed_with_noise(batch, prepared, &lora)?;
+        let mut x = self.embed_with_noise(batch, embedded, prepared, &lora)?;
         let mut kept: Vec<Kept> = Vec::with_capacity(self.layers.len());
         let mut host = self.inputs.open(self.layers.len(), &self.device)?;
         for (i, layer) in self.layers.iter().enumerate() {
@@ -416,8 +420,14 @@ impl Decoder {
 
     /// Embeddings with NEFTune's noise, if the batch asks for it. The noise lies behind a factor that the embedding
     /// itself applies, and before one that the model applies afterwards.
-    fn embed_with_noise(&self, batch: &Batch, prepared: &Prepared, lora: &Lora) -> Result<Tensor> {
-        let x = prepared.embedded.rows(&self.embedding)?;
+    fn embed_with_noise(
+        &self,
+        batch: &Batch,
+        embedded: embedding::Sent,
+        prepared: &Prepared,
+        lora: &Lora,
+    ) -> Result<Tensor> {
+        let x = embedded.rows(&self.embedding)?;
         self.embed_trained(&x, &batch.ids, lora)?;
         if let Some(bounds) = &prepared.noise {
             let factor = if self.facts.embedding_scale.rounded { 1.0 } else { self.embedding_factor() };

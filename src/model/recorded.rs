@@ -193,17 +193,17 @@ mod gpu {
             batch: &Batch,
             scale: f64,
         ) -> Result<Number> {
-            let (prepared, shape) = loop {
+            let ((embedded, prepared), shape) = loop {
                 let prepare = || {
                     for number in [batch.label_smoothing, batch.noise].map(f64::to_bits) {
                         inputs::depends_on(number as usize);
                     }
-                    let prepared = decoder.prepare(batch, scale)?;
+                    let (embedded, prepared) = decoder.prepare(batch, scale)?;
                     for layer in &decoder.facts.layers {
                         let heads = &layer.attention.heads;
                         attention::send(&prepared.packing, heads, decoder.dtype, &decoder.device)?;
                     }
-                    Ok(prepared)
+                    Ok((embedded, prepared))
                 };
                 match self.inputs.fill(prepare)? {
                     Some(filled) => break filled,
@@ -212,10 +212,11 @@ mod gpu {
             };
             self.inputs.send_apart()?;
             let loss = &self.loss;
-            let compute = || match decoder.forward_backward_prepared(adapter, keep, batch, &prepared)? {
-                Number::There(found) => cuda::copy(&found, loss),
-                Number::Here(_) => bail!("a loss on the host"),
-            };
+            let compute =
+                || match decoder.forward_backward_prepared(adapter, keep, batch, (&embedded, &prepared))? {
+                    Number::There(found) => cuda::copy(&found, loss),
+                    Number::Here(_) => bail!("a loss on the host"),
+                };
             self.graphs.run(&shape, self.device.as_cuda_device()?, compute)?;
             // The next pass has its loss in the same place.
             let own = unwritten(1, DType::F64, &self.device)?;

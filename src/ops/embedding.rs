@@ -9,6 +9,7 @@ pub fn forward(table: &Tensor, ids: &[u32], factor: f64, dtype: DType, device: &
 }
 
 /// The copy that `forward` sends to the device.
+#[derive(Clone)]
 pub enum Sent {
     /// The rows: the table lies on the host, or the layers do.
     Rows(Tensor),
