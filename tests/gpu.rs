@@ -343,7 +343,7 @@ fn what_a_step_asks_of_the_device() {
         ),
         // Behind the gradients are places for the losses of 32 ranks. Expanded weights lie together by their input, and
         // 64 spare columns are half of this model's width. The batch's lists are there from the beginning of a pass on.
-        ("peak bytes", after.peak_bytes, 1_706_932),
+        ("peak bytes", after.peak_bytes, 1_706_676),
     ];
     for (what, found, expected) in found {
         assert_eq!(found, expected, "{what}");
