@@ -253,8 +253,9 @@ fn load_alike(
         return load::load_at(home, facts, options, device, report);
     }
     let load = || {
-        together.while_loading(|moved| {
-            let (decoder, fingerprint) = load::load_compared(home, facts, options, device, report, moved)?;
+        together.while_loading(|progressed| {
+            let (decoder, fingerprint) =
+                load::load_compared(home, facts, options, device, report, progressed)?;
             together.agree_on_weights(&fingerprint)?;
             Ok((decoder, fingerprint))
         })

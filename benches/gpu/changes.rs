@@ -3,7 +3,7 @@
 //!
 //! `ours changes --folder F [--workloads packed,long,short] [--only NAMES] [--rounds 2] [--steps 6]`: for each change
 //! the median seconds of a step, launches and peak memory on both sides, and whether the losses have the same bits.
-//! What was found so far is in the `--out` file after each change.
+//! Results so far are in the `--out` file after each change.
 //! `ours host [--rounds 7] [--passes 20]`: host microseconds for each launch and product of a tiny model's pass, with
 //! all changes, without each that concerns the host, and without all of these; and those for a token that is
 //! generated, with a graph and without. On a GPU the host runs ahead of it; on the fake driver with

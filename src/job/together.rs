@@ -74,18 +74,18 @@ impl Together {
     /// Trains. Meanwhile, a rank that does not come to a call that the others came to ends all of them.
     pub fn while_training<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let Some(link) = &self.0 else { return work() };
-        link.hurries();
+        link.expects_progress(true);
         let done = work()?;
         link.ends_training().map(|()| done)
     }
 
-    /// Loads the base. `work` says after each part that it `moved`. A rank that does not move, while others wait for
+    /// Loads the base. `work` calls its argument for each part. A rank that makes no progress, while others wait for
     /// it, ends all of them.
     pub fn while_loading<T>(&self, work: impl FnOnce(&dyn Fn()) -> Result<T>) -> Result<T> {
         let Some(link) = &self.0 else { return work(&|| ()) };
-        link.hurries();
-        let done = work(&|| link.moves())?;
-        link.takes_its_time();
+        link.expects_progress(true);
+        let done = work(&|| link.progressed())?;
+        link.expects_progress(false);
         Ok(done)
     }
 

@@ -63,7 +63,7 @@ struct SentTurns {
     growth: Option<Angles>,
 }
 
-/// What a training pass reads of its batch besides the tokens, where the layers compute.
+/// The inputs of a training pass besides the tokens, on the device that computes the layers.
 pub(super) struct Prepared<'a> {
     turns: SentTurns,
     pub(super) packing: Packing,

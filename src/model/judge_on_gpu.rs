@@ -96,7 +96,7 @@ fn graphs_have_the_bits_of_their_passes() -> Result<()> {
     if judge::gpu().is_none() {
         return Ok(());
     }
-    // What other tests ask of a stream would be recorded too.
+    // Work that other tests queue on a shared stream would be recorded too.
     let gpu = cuda::device::open(0).expect("it opened before");
     let mut replayed = 0;
     for (number, case) in wide_cases().into_iter().enumerate() {

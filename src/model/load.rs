@@ -50,14 +50,14 @@ pub fn load_at(
 }
 
 /// `load_at` on one of several ranks, with a fingerprint of what it read, for comparing the ranks' weights. It calls
-/// `moved` before each layer.
+/// `progressed` before each layer.
 pub fn load_compared(
     home: &Home,
     facts: Facts,
     options: &Options,
     device: &Device,
     report: &Report,
-    moved: &dyn Fn(),
+    progressed: &dyn Fn(),
 ) -> Result<(Decoder, Fingerprint)> {
     let checkpoint = Checkpoint::open(&options.folder)?;
     fits(&facts, &checkpoint).map_err(|fault| fault.at(options.folder.display()))?;
@@ -66,7 +66,7 @@ pub fn load_compared(
         Loader { facts: &facts, checkpoint: &checkpoint, options, dtype, home, device, drawn: false };
     let mut fingerprint = Fingerprint::default();
     let decoder = loader.decoder_by(report, &mut |layer| {
-        moved();
+        progressed();
         let prefix = facts.inside(layer, "");
         let part = Part { name: format!("layer {layer}"), prefix: &prefix, without: None };
         fingerprint.add(&checkpoint, &part, home.reads(layer));

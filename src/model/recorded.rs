@@ -33,7 +33,7 @@ pub struct Recorder {
     recorded: Option<gpu::Recorded>,
 }
 
-/// What is called with each layer whose gradients are there.
+/// The callback for each layer whose gradients are complete.
 pub type Done<'a> = &'a mut dyn FnMut(usize) -> Result<()>;
 
 impl Recorder {
@@ -154,7 +154,7 @@ mod gpu {
         loss: Tensor,
     }
 
-    /// What graphs hold the addresses of, and what decides about their launches besides shapes.
+    /// Tensors whose addresses the graphs hold, and settings that decide about their launches besides shapes.
     #[derive(PartialEq)]
     struct Of {
         weights: TensorId,

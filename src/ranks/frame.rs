@@ -41,8 +41,8 @@ pub enum What {
     Done = 8,
     /// A process that was started by the sender ended, with its number and the reason.
     Ended = 9,
-    /// The sender loaded a part of the base.
-    Moved = 10,
+    /// The sender made progress while others may wait for it.
+    Progress = 10,
 }
 
 impl What {
@@ -56,7 +56,7 @@ impl What {
         What::End,
         What::Done,
         What::Ended,
-        What::Moved,
+        What::Progress,
     ];
 }
 

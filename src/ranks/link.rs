@@ -123,7 +123,7 @@ struct State {
     /// Rank 0 said that the run succeeded.
     done: bool,
     /// All ranks load the base or train, so that none of them should keep the others waiting for long.
-    hurries: bool,
+    expects_progress: bool,
     /// Each rank works on something else than the others.
     apart: bool,
     /// Since when this rank waits in a call.
@@ -210,19 +210,15 @@ impl Link {
         Ok(Link { shared, sums: Mutex::new(Sums { begin, under_way: VecDeque::new() }) })
     }
 
-    /// From now on, a rank that does not come to a call that the others came to ends all, unless it `moves`.
-    pub fn hurries(&self) {
-        self.shared.lock().hurries = true;
-    }
-
-    /// From now on, a rank may keep the others waiting for as long as it works.
-    pub fn takes_its_time(&self) {
-        self.shared.lock().hurries = false;
+    /// Says whether ranks must make progress from now on: one that others wait for, and that neither comes to their
+    /// call nor calls `progressed` for `Limits::hang`, ends all of them.
+    pub fn expects_progress(&self, expects: bool) {
+        self.shared.lock().expects_progress = expects;
     }
 
     /// Says that this rank made progress, so that the time for which the others have waited for it begins again.
-    pub fn moves(&self) {
-        self.shared.moves();
+    pub fn progressed(&self) {
+        self.shared.progressed();
     }
 
     /// Training is over. Rank 0 goes on alone, and the end of another rank changes nothing.
@@ -231,7 +227,7 @@ impl Link {
     /// The fault that ended the ranks before.
     pub fn ends_training(&self) -> Result<()> {
         let mut state = self.shared.lock();
-        (state.hurries, state.over) = (false, true);
+        (state.expects_progress, state.over) = (false, true);
         state.end.as_ref().map_or(Ok(()), |(fault, _)| Err(fault.clone()))
     }
 
@@ -499,7 +495,7 @@ impl Shared {
                 }
                 What::Done => state.done = true,
                 What::Beat => state.peers[index].tick = frame.number,
-                What::Moved => state.peers[index].lags = None,
+                What::Progress => state.peers[index].lags = None,
                 _ => {}
             }
             self.changed.notify_all();
@@ -537,13 +533,13 @@ impl Shared {
     }
 
     /// Rank 0 alone counts the time for which ranks keep the others waiting.
-    fn moves(&self) {
+    fn progressed(&self) {
         match self.place.leads() {
             true => self.lock().lags = None,
             false => self.peers.iter().for_each(|peer| {
                 // If it cannot be written, the connection is lost, which is noticed elsewhere.
                 let mut writer = peer.writer.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-                let _ = frame::write(&mut *writer, What::Moved, 0, &[]);
+                let _ = frame::write(&mut *writer, What::Progress, 0, &[]);
             }),
         }
     }
@@ -564,9 +560,9 @@ impl Shared {
             return None;
         }
         let most = state.peers.iter().map(|known| known.calls).chain([state.calls]).max().unwrap_or(0);
-        let (hurries, waits) = (state.hurries && self.place.leads(), state.waits);
+        let (expects, waits) = (state.expects_progress && self.place.leads(), state.waits);
         let (calls, apart) = (state.calls, state.apart);
-        if self.lags(&mut state.lags, hurries && state.calls < most) {
+        if self.lags(&mut state.lags, expects && state.calls < most) {
             return Some(self.hangs("rank 0"));
         }
         for (peer, known) in self.peers.iter().zip(&mut state.peers) {
@@ -575,7 +571,7 @@ impl Shared {
                 .or_else(|| self.lost(peer, known))
                 .or_else(|| self.silent(peer))
                 .or_else(|| {
-                    let lags = self.lags(&mut known.lags, hurries && known.calls < most);
+                    let lags = self.lags(&mut known.lags, expects && known.calls < most);
                     lags.then(|| self.hangs(&peer.name))
                 });
             if fault.is_some() {
@@ -996,7 +992,7 @@ mod tests {
     fn a_rank_that_does_not_come_to_a_call_of_training_is_named() {
         let limits = Limits { hang: Duration::from_secs(1), ..LIMITS };
         let all = ranks(3, "hang", limits, |link| {
-            link.hurries();
+            link.expects_progress(true);
             link.exchange(b"all come").unwrap();
             let ended = match rank(link) {
                 1 => {
@@ -1018,15 +1014,15 @@ mod tests {
         let limits = Limits { hang: Duration::from_secs(2), ..LIMITS };
         // Ranks that are slow, one at a time: each takes twice the limit.
         let all = ranks(2, "moves", limits, |link| {
-            link.hurries();
+            link.expects_progress(true);
             for slow in 0..2 {
                 for _ in 0..if rank(link) == slow { 20 } else { 0 } {
                     std::thread::sleep(limits.hang / 10);
-                    link.moves();
+                    link.progressed();
                 }
                 link.exchange(b"loaded").map_err(|fault| fault.message)?;
             }
-            link.takes_its_time();
+            link.expects_progress(false);
             Ok::<_, String>(link.leave(Ok(())).is_ok())
         });
         assert_eq!(all, [Ok(true), Ok(true)]);
