@@ -73,7 +73,7 @@ pub struct How {
 }
 
 impl Given {
-    /// Whether the answer is the reference, white space around both aside.
+    /// Returns whether the answer is the reference, white space around both aside.
     pub fn is(&self, reference: &str) -> bool {
         self.text.trim() == reference.trim()
     }

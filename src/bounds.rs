@@ -96,7 +96,7 @@ unsafe impl GlobalAlloc for Bounded {
     }
 }
 
-/// How much memory a piece of foreign content may take, and the message if it takes more.
+/// The memory that a piece of foreign content may take, and the message if it takes more.
 #[derive(Debug)]
 pub struct Bounds {
     kind: Kind,

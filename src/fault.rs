@@ -106,7 +106,7 @@ impl Kind {
         }
     }
 
-    /// Whether the same command can succeed if it runs again and nobody changes anything.
+    /// Returns whether the same command can succeed if it runs again and nobody changes anything.
     pub fn retry_helps(self) -> bool {
         matches!(
             self,
@@ -276,8 +276,8 @@ impl Fault {
     }
 }
 
-/// Whether an I/O error is the machine's: a failing disk, a lost network file system, no more open files. It passes by
-/// itself. A missing file, a file that may not be read and a file that ends too early are somebody's to mend.
+/// Returns whether an I/O error is the machine's: a failing disk, a lost network file system, no more open files. It
+/// passes by itself. A missing file, a file that may not be read and a file that ends too early are somebody's to mend.
 fn is_machines(error: &std::io::Error) -> bool {
     use std::io::ErrorKind as E;
     let somebodys = [
@@ -294,7 +294,7 @@ fn is_machines(error: &std::io::Error) -> bool {
     error.raw_os_error().is_some() && !is_loop && !somebodys.contains(&error.kind())
 }
 
-/// Whether a parser's message ends with an error of the operating system, as `io::Error` writes it.
+/// Returns whether a parser's message ends with an error of the operating system, as `io::Error` writes it.
 fn ends_with_os_error(message: &str) -> bool {
     error_number(message).is_some_and(|number| is_machines(&std::io::Error::from_raw_os_error(number)))
 }

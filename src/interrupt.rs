@@ -14,7 +14,7 @@ use std::time::Duration;
 use crate::fault::{Fault, Kind, Result};
 use crate::last_word::{self, Word};
 
-/// How often a wait for the network checks the flag.
+/// The interval at which a wait for the network checks the flag.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// Time that the process has to end by itself after a signal, if nothing would be lost.
 const PATIENCE: Duration = Duration::from_millis(1500);
@@ -121,7 +121,7 @@ fn end_where_nothing_is_lost(mut woken: UnixStream, words: &[Option<Word>; 4]) {
     }
 }
 
-/// Whether a signal asked the process to end.
+/// Returns whether a signal asked the process to end.
 pub fn requested() -> bool {
     REQUESTED.load(Ordering::Relaxed)
 }

@@ -99,7 +99,7 @@ fn served(
         .map(|(arguments, warnings)| Call::Serve { arguments, warnings })
 }
 
-/// Whether the server of this pod is healthy, asked over its port.
+/// Returns whether the server of this pod is healthy, asked over its port.
 pub fn is_healthy() -> bool {
     use std::io::{Read, Write};
     const ANSWER_MAX: std::time::Duration = std::time::Duration::from_secs(5);

@@ -172,8 +172,8 @@ fn leave_usage(error: &clap::Error, pod: bool) -> ! {
     cli::exit(error)
 }
 
-/// Whether events are shown for people (true) or as JSON lines (false); `None` if the terminal decides. The log of a
-/// job is JSON lines. The other commands are run by people, who want plain text even through a pipe.
+/// Returns whether events are shown for people (true) or as JSON lines (false); `None` if the terminal decides. The log
+/// of a job is JSON lines. The other commands are run by people, who want plain text even through a pipe.
 fn bars(invocation: &Invocation) -> Option<bool> {
     let job = matches!(invocation.command, Command::Run(_) | Command::Controller(_) | Command::Serve { .. });
     match invocation.log {

@@ -182,8 +182,8 @@ pub fn run(request: &Request, options: &Options, environment: Environment, repor
     done(folder, comparison)
 }
 
-/// Whether the merged model, which the comparison loads as a whole, has room in memory. If not, that is told; the
-/// model itself is written piece by piece.
+/// Returns whether the merged model, which the comparison loads as a whole, has room in memory. If not, that is told;
+/// the model itself is written piece by piece.
 fn room_to_compare(tuned: &Tuned, options: &Options, device: &Device, report: &Report) -> bool {
     let bytes = if options.stored == Stored::F32 { 4 } else { 2 };
     let needed = (tuned.facts.parameters() * bytes) as u64;

@@ -98,7 +98,7 @@ pub struct Ignored {
     pub name: String,
     /// The place where the key was written.
     pub origin: Origin,
-    /// Why the key has no effect.
+    /// The reason why the key has no effect.
     pub why: &'static str,
 }
 
@@ -128,7 +128,7 @@ pub struct Serving {
     /// The chat template: Jinja text, or the name of one of the model's templates. `None`: the model's default
     /// template.
     pub chat_template: Option<String>,
-    /// How much of the free memory may be used.
+    /// The share of the free memory that may be used.
     pub memory_limit: Option<crate::memory::Limit>,
 }
 

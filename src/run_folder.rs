@@ -45,7 +45,7 @@ pub const TIMELINE: &str = "timeline.jsonl";
 pub const ANSWERS: &str = "answers.json";
 /// LIMIT: a line has some hundred bytes, so that this is tens of millions of steps.
 const METRICS_BYTES_MAX: u64 = 4 << 30;
-/// How long a start waits until another hone leaves the folder. A pod that is being deleted has some seconds left.
+/// The time that a start waits until another hone leaves the folder. A pod that is being deleted has some seconds left.
 const LOCK_WAIT: Duration = Duration::from_secs(20);
 const LOCK_POLL: Duration = Duration::from_millis(100);
 /// The file that KAITO's pusher waits for.
@@ -313,7 +313,7 @@ impl RunFolder {
         whole::write(&self.path.join(name), content)
     }
 
-    /// Whether no run was here before.
+    /// Returns whether no run was here before.
     pub fn is_fresh(&self) -> bool {
         self.record.is_none()
     }
@@ -439,7 +439,7 @@ fn read_record(path: &Path) -> Result<Option<Record>> {
     }
 }
 
-/// Whether a plain file begins with this text.
+/// Returns whether a plain file begins with this text.
 fn begins_with(file: &Path, text: &str) -> bool {
     let mut start = vec![0; text.len()];
     let is_plain = fs::symlink_metadata(file).is_ok_and(|found| found.is_file());

@@ -1,4 +1,4 @@
-//! What a run tells of itself -> `report.json` and `timeline.jsonl` while it runs, and `report.html`, one page that
+//! The events of a run -> `report.json` and `timeline.jsonl` while it runs, and `report.html`, one page that
 //! explains the run, at its end; `hone report` makes the page again, or one that compares several runs.
 //!
 //! The recorder is a sink among others: the run waits for nothing of it but a line's write. Its own failures are

@@ -50,7 +50,7 @@ pub struct Options {
     pub status: Option<SocketAddr>,
     /// Adapters and mixes that are followed while the server runs.
     pub adapters_file: Option<PathBuf>,
-    /// How large the server is.
+    /// The size of the server.
     pub size: Size,
     /// Most requests that wait.
     pub waiting: usize,
@@ -58,7 +58,7 @@ pub struct Options {
     pub raw_chat: bool,
     /// Requests may load adapters from below this folder, and from images.
     pub adapter_folder: Option<PathBuf>,
-    /// How long running answers may take after a signal.
+    /// The time that running answers may take after a signal.
     pub grace: Duration,
 }
 

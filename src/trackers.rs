@@ -29,9 +29,9 @@ pub use kubeflow::Kubeflow;
 const QUEUE_POINTS: usize = 4096;
 /// LIMIT: points sent in one request.
 const BATCH_POINTS: usize = 256;
-/// How long points are collected before they are sent.
+/// The time that points are collected before they are sent.
 const COLLECT: Duration = Duration::from_secs(2);
-/// How long the end of a run waits for trackers.
+/// The time that the end of a run waits for trackers.
 const GRACE: Duration = Duration::from_secs(15);
 /// Failures in a row after which a tracker is asked less often, for so long.
 const PAUSE: Duration = Duration::from_secs(30);
@@ -148,7 +148,7 @@ struct Outcome {
 }
 
 impl Options {
-    /// Whether nothing is tracked.
+    /// Returns whether nothing is tracked.
     pub fn is_empty(&self) -> bool {
         self.tensorboard.is_none()
             && self.mlflow.is_none()

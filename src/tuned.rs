@@ -284,7 +284,7 @@ impl Tuned {
         }
     }
 
-    /// Whether the command line names data, so that it is not the run's own.
+    /// Returns whether the command line names data, so that it is not the run's own.
     pub fn names_data(&self) -> bool {
         [(Section::Hone, "data"), (Section::DatasetConfig, "dataset_path")].iter().any(|(section, name)| {
             self.spec.get(*section, name).is_some_and(|given| !remembered(&given.origin))
@@ -358,7 +358,7 @@ impl Tuned {
         })
     }
 
-    /// Whether the held-out part is what is looked at unless something else is asked for.
+    /// Returns whether the held-out part is what is looked at unless something else is asked for.
     fn holds_out(&self, same: Option<Trained>) -> bool {
         match same {
             Some(Trained::Yes) => true,
@@ -367,7 +367,7 @@ impl Tuned {
         }
     }
 
-    /// Whether the configuration sets rows aside for evaluation.
+    /// Returns whether the configuration sets rows aside for evaluation.
     fn holds_rows_out(&self) -> bool {
         self.plan.dataset.train_share < 1.0 || self.plan.dataset.evaluation_from.is_some()
     }

@@ -47,7 +47,7 @@ pub fn remove_leftovers(folder: &Path) {
     }
 }
 
-/// Whether a file has a temporary name: `.tmp` and six letters or digits, as the `tempfile` crate names them.
+/// Returns whether a file has a temporary name: `.tmp` and six letters or digits, as the `tempfile` crate names them.
 pub fn is_temporary(name: &str) -> bool {
     name.strip_prefix(".tmp")
         .is_some_and(|rest| rest.len() == 6 && rest.bytes().all(|byte| byte.is_ascii_alphanumeric()))

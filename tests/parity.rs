@@ -136,10 +136,20 @@ impl Case {
         let initial = hone::adapter::read(&self.folder.join("init_adapter")).unwrap();
         options.lora = initial.options(&options.lora).unwrap();
         let facts = family::describe(&Config::read(&options.folder).unwrap()).unwrap();
-        let decoder = load::load(facts, &options, &self.device, &Report::silent()).unwrap();
+        let decoder = load::load(facts, &options, &self.own_device(), &Report::silent()).unwrap();
         let adapter = decoder.trainable(&options.lora).unwrap();
         initial.apply(&adapter).unwrap();
         (decoder, adapter)
+    }
+
+    /// The device of one rank. Ranks on GPUs have streams of their own, as processes do: while one records a graph,
+    /// the others must not ask anything of its stream.
+    fn own_device(&self) -> Device {
+        #[cfg(feature = "cuda")]
+        if self.device.is_cuda() && self.ranks > 1 {
+            return hone::device::open(hone::device::Choice::Cuda(0), &Report::silent()).unwrap();
+        }
+        self.device.clone()
     }
 
     fn train(
@@ -151,8 +161,8 @@ impl Case {
         change(&mut options);
         let (options, keep) = (&options, &keep);
         let mut runs = threads::all(Threads::of(self.ranks), |ranks| {
-            let ranks = self.collective(ranks);
             let (decoder, adapter) = self.decoder();
+            let ranks = self.collective(ranks, &decoder.device);
             let mut metrics = Vec::new();
             let mut log = |metric: &Metric| {
                 metrics.push(metric.clone());
@@ -178,13 +188,14 @@ impl Case {
     }
 
     /// The link between the ranks: threads, and NCCL between GPUs.
-    fn collective(&self, ranks: Threads) -> Box<dyn Collective> {
-        #[cfg(feature = "cuda")]
-        if self.device.is_cuda() && self.ranks > 1 {
-            let ranks = hone::ranks::nccl::Nccl::over(std::sync::Arc::new(ranks), &self.device);
-            return Box::new(ranks.unwrap());
+    fn collective(&self, ranks: Threads, device: &Device) -> Box<dyn Collective> {
+        match device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) if self.ranks > 1 => {
+                Box::new(hone::ranks::nccl::Nccl::over(std::sync::Arc::new(ranks), device).unwrap())
+            }
+            _ => Box::new(ranks),
         }
-        Box::new(ranks)
     }
 
     fn debug(&self) -> HashMap<String, Tensor> {

@@ -503,7 +503,7 @@ mod gpus {
         "DatasetConfig.train_test_split=1",
     ];
 
-    /// Whether the driver is the fake one; a real GPU cannot be shared by tests that kill processes.
+    /// Returns whether the driver is the fake one; a real GPU cannot be shared by tests that kill processes.
     fn are_fake() -> bool {
         std::env::var_os("HONE_FAKE_GPU_ORDER").is_some()
     }

@@ -39,7 +39,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Whether the request carries AWS's signature (version 4) for its content, computed here independently.
+/// Returns whether the request carries AWS's signature (version 4) for its content, computed here independently.
 fn is_signed_for_s3(request: &Request) -> bool {
     let Some(authorization) = request.header("authorization") else { return false };
     let field = |name: &str| {
@@ -86,7 +86,7 @@ fn is_signed_for_s3(request: &Request) -> bool {
     hex(&hmac(&key, to_sign.as_bytes())) == signature
 }
 
-/// Whether it carries Azure's shared key signature, which covers the range and the conditions.
+/// Returns whether it carries Azure's shared key signature, which covers the range and the conditions.
 fn is_signed_for_azure(request: &Request) -> bool {
     let header = |name: &str| request.header(name).unwrap_or_default();
     let length = Some(header("content-length")).filter(|length| *length != "0").unwrap_or_default();

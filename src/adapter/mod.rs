@@ -349,7 +349,7 @@ fn plain_name(name: &str) -> String {
 /// Words of PEFT for beginnings that leave the base as it is.
 const BEGINNINGS_OF_A_PLAIN_BASE: [&str; 3] = ["gaussian", "orthogonal", "eva"];
 
-/// Whether the initialisation changed the base weights, as in PiSSA, OLoRA and similar methods. Such an adapter
+/// Returns whether the initialisation changed the base weights, as in PiSSA, OLoRA and similar methods. Such an adapter
 /// belongs to its changed base.
 fn changes_base(config: &AdapterConfig) -> bool {
     match &config.init_lora_weights {

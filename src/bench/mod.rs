@@ -49,7 +49,7 @@ pub struct Options {
     pub steps: usize,
     /// Number of steps before them that are not measured.
     pub warmup: usize,
-    /// How much layers keep; `None`: as much as memory allows.
+    /// The amount that layers keep; `None`: as much as memory allows.
     pub keep: Option<Keep>,
     /// The place of the layers' 4-bit weights; `None`: on the device if they fit.
     pub residency: Option<Residency>,

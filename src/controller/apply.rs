@@ -91,7 +91,7 @@ fn mark<K: Resource<DynamicType = ()> + Serialize>(object: &K) -> String {
     }
 }
 
-/// Whether two copies of an object are the same, but for what its own controllers write.
+/// Returns whether two copies of an object are the same, but for what its own controllers write.
 pub fn same_mark<K: Resource<DynamicType = ()> + Serialize>(one: &K, two: &K) -> bool {
     one.meta().uid == two.meta().uid && mark(one) == mark(two)
 }
@@ -165,7 +165,8 @@ async fn apply_all(of: &Reconciler<'_>, served: &Served, hash: &str) -> kube::Re
     Ok(Ok(marks))
 }
 
-/// Why an object of this name cannot be written: it is somebody else's. The Workspace is reconciled when it is gone.
+/// Returns the reason why an object of this name cannot be written: it is somebody else's. The Workspace is reconciled
+/// when it is gone.
 async fn foreign<K>(of: &Reconciler<'_>, name: &str) -> kube::Result<Option<String>>
 where
     K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>

@@ -24,7 +24,7 @@ const CONCURRENCY: usize = 32;
 pub struct Said {
     /// The digest of the file that it read last.
     pub file: String,
-    /// Why it does not serve that file.
+    /// The reason why it does not serve that file.
     pub refused: Option<String>,
     /// The adapters that it answers with, for people: `support of h.example/a:1 (sha256:...) at 1`.
     pub parts: Vec<String>,
@@ -139,7 +139,7 @@ pub fn stand(answers: &Answers, pods: &[Arc<Pod>], file: &str) -> Adapters {
     Adapters::Pending(trouble.map_or(told.clone(), |trouble| format!("{told}; {trouble}")))
 }
 
-/// Whether any server can be asked.
+/// Returns whether any server can be asked.
 pub fn any_ready(pods: &[Arc<Pod>]) -> bool {
     pods.iter().any(|pod| is_ready(pod))
 }

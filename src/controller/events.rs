@@ -22,7 +22,7 @@ const WARNINGS_MAX: u32 = 50;
 /// The age after which a Warning is out of date; the kubelet repeats its own every two minutes.
 const WARNING_AGE_MAX: Duration = Duration::from_secs(10 * 60);
 
-/// How serious an Event is.
+/// The seriousness of an Event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Weight {
     /// Progress.

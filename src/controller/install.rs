@@ -238,7 +238,7 @@ fn cluster_rules() -> Vec<Value> {
         // Owners that block deletion ask for this one.
         rule(GROUP, &[&finalizers], &["update"]),
         rule("batch", &["jobs"], &["get", "list", "watch", "create", "patch", "delete"]),
-        // Why a pod waits, how its container ended, how far it is.
+        // The states of pods say why one waits, how its container ended, how far it is.
         rule("", &["pods"], &["get", "list", "watch"]),
         rule("", &["pods/log"], &["get"]),
         // Configurations are read, and a default is made if there is none; servers are told their adapters in one of
@@ -252,7 +252,7 @@ fn cluster_rules() -> Vec<Value> {
         rule("", &["services"], &MADE),
         rule("policy", &["poddisruptionbudgets"], &MADE),
         rule("events.k8s.io", &["events"], &["create"]),
-        // Why a pod cannot be made or mounted is in Events only.
+        // Events alone say why a pod cannot be made or mounted.
         rule("", &["events"], &["list"]),
         // Nodes are asked for and given back.
         rule(

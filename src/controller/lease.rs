@@ -79,7 +79,7 @@ impl Election {
         }
     }
 
-    /// Whether this process holds the Lease after one try. If two try at once, one gets a conflict.
+    /// Returns whether this process holds the Lease after one try. If two try at once, one gets a conflict.
     async fn attempt(&mut self) -> kube::Result<bool> {
         let written = match self.api.get_opt(&self.name).await? {
             None => {

@@ -79,7 +79,7 @@ const RETRY_MAX: Duration = Duration::from_secs(240);
 const LOOK_MAX: Duration = Duration::from_secs(30);
 /// LIMIT: time that the first reconciliations wait for lists that they can do without.
 const LISTS_MAX: Duration = Duration::from_secs(5);
-/// How often a process that does not lead checks whether it could.
+/// The interval at which a process that does not lead checks whether it could.
 const STANDBY_INTERVAL: Duration = Duration::from_secs(30);
 
 /// The options of `hone controller`.
@@ -165,7 +165,7 @@ struct Due {
 }
 
 impl Due {
-    /// Whether the request is due: the first time after `first`, then after pauses that double up to `most`.
+    /// Returns whether the request is due: the first time after `first`, then after pauses that double up to `most`.
     fn is_now(&mut self, first: Duration, most: Duration) -> bool {
         let now = Instant::now();
         match self.at {

@@ -66,7 +66,7 @@ pub async fn provider(client: &Client) -> kube::Result<Provider> {
     })
 }
 
-/// Whether the Workspace gets node claims: it names an instance type and Karpenter is there.
+/// Returns whether the Workspace gets node claims: it names an instance type and Karpenter is there.
 pub fn wanted(workspace: &Workspace, provider: Provider) -> bool {
     provider != Provider::None && !workspace.resource.instance_type.is_empty()
 }
@@ -178,7 +178,7 @@ pub fn alive(claims: &[Arc<DynamicObject>]) -> usize {
     claims.iter().filter(|claim| is_alive(claim)).count()
 }
 
-/// Whether claims are missing.
+/// Returns whether claims are missing.
 pub fn lacks(workspace: &Workspace, provider: Provider, claims: &[Arc<DynamicObject>]) -> bool {
     match provider {
         Provider::None => false,
@@ -187,7 +187,7 @@ pub fn lacks(workspace: &Workspace, provider: Provider, claims: &[Arc<DynamicObj
     }
 }
 
-/// Whether claims are missing or too many.
+/// Returns whether claims are missing or too many.
 pub fn differs(workspace: &Workspace, provider: Provider, claims: &[Arc<DynamicObject>]) -> bool {
     match provider {
         Provider::None => false,
@@ -199,7 +199,7 @@ pub fn differs(workspace: &Workspace, provider: Provider, claims: &[Arc<DynamicO
     }
 }
 
-/// Whether all nodes of the claims are there, and the provider's message about the first that is not.
+/// Returns whether all nodes of the claims are there, and the provider's message about the first that is not.
 pub fn claimed(claims: &[Arc<DynamicObject>]) -> Option<(bool, String)> {
     let mut alive = claims.iter().filter(|claim| is_alive(claim)).map(|claim| readiness(&claim.data));
     let Some(first) = alive.next() else {
@@ -240,7 +240,7 @@ pub fn strip(node: &mut Node) {
     });
 }
 
-/// Whether two versions of a node are the same for the controller.
+/// Returns whether two versions of a node are the same for the controller.
 pub fn same(one: &Node, two: &Node) -> bool {
     one.metadata.labels == two.metadata.labels && is_ready(one) == is_ready(two)
 }
@@ -372,7 +372,7 @@ fn is_ready(node: &Node) -> bool {
     conditions.into_iter().flatten().any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }
 
-/// Whether a selector selects the labels, by Kubernetes' rules. No selector selects every node.
+/// Returns whether a selector selects the labels, by Kubernetes' rules. No selector selects every node.
 fn selects(selector: Option<&LabelSelector>, labels: &BTreeMap<String, String>) -> bool {
     let Some(selector) = selector else { return true };
     let equal = selector.match_labels.iter().flatten().all(|(key, value)| labels.get(key) == Some(value));

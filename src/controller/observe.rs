@@ -38,7 +38,7 @@ impl Stage {
         }
     }
 
-    /// Whether nothing more happens: the Job succeeded or failed.
+    /// Returns whether nothing more happens: the Job succeeded or failed.
     pub fn is_over(self) -> bool {
         matches!(self, Stage::Succeeded | Stage::Failed)
     }
@@ -119,7 +119,7 @@ pub fn observe(job: Option<&Job>, pods: &[Arc<Pod>], ran: bool) -> Seen {
     }
 }
 
-/// Whether the Job has, or had, a pod.
+/// Returns whether the Job has, or had, a pod.
 fn begun(status: Option<&JobStatus>) -> bool {
     status.is_some_and(|status| {
         let counts = [status.active, status.ready, status.failed, status.succeeded, status.terminating];
@@ -127,12 +127,12 @@ fn begun(status: Option<&JobStatus>) -> bool {
     })
 }
 
-/// Whether the Job is being deleted.
+/// Returns whether the Job is being deleted.
 pub fn is_leaving(job: &Job) -> bool {
     job.metadata.deletion_timestamp.is_some()
 }
 
-/// Whether the Job succeeded, or failed for good.
+/// Returns whether the Job succeeded, or failed for good.
 pub fn is_over(job: &Job) -> bool {
     observe(Some(job), &[], false).stage.is_over()
 }

@@ -68,7 +68,7 @@ impl<'a> Pods<'a> {
         (nodes, self.wanted.saturating_sub(placed))
     }
 
-    /// Why pods wait: each reason once, with the pods of a set that have it.
+    /// Returns the reason why pods wait: each reason once, with the pods of a set that have it.
     pub fn waiting(&self) -> Option<String> {
         let mut reasons: Vec<(String, Vec<usize>)> = Vec::new();
         for (index, pod) in &self.newest {
@@ -120,9 +120,9 @@ impl<'a> Pods<'a> {
     }
 }
 
-/// How much an end says about the cause of a failure, the best first. A code that no retry helps ends the whole Job, so
-/// it is the cause whenever it came. Device faults (22) are also what the other ranks end with, and 30 and 31 are what
-/// stopped pods end with.
+/// Ends by how much they say about the cause of a failure, the best first. A code that no retry helps ends the whole
+/// Job, so it is the cause whenever it came. Device faults (22) are also what the other ranks end with, and 30 and 31
+/// are what stopped pods end with.
 fn blame(code: i32, is_of_the_last_failure: bool) -> u8 {
     let kind = Kind::ALL.into_iter().find(|kind| i32::from(kind.exit_code()) == code);
     match kind {

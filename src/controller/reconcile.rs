@@ -68,8 +68,8 @@ impl Reconciler<'_> {
         }
     }
 
-    /// Why the Workspace cannot be what it says now: it tuned before and is to serve, or the other way round. KAITO's
-    /// webhook refuses that; without one, what it was goes on.
+    /// Returns the reason why the Workspace cannot be what it says now: it tuned before and is to serve, or the other
+    /// way round. KAITO's webhook refuses that; without one, what it was goes on.
     async fn other_kind(&self) -> kube::Result<Option<String>> {
         let was_other = match self.workspace.tuning.is_some() {
             true => {
@@ -141,8 +141,8 @@ pub(super) async fn give_back_of(owner: &Owner, context: &Context) -> kube::Resu
     }
 }
 
-/// Whether a Workspace is somebody else's: its user said so, KAITO has it, or its pod is the user's own, which KAITO
-/// serves.
+/// Returns whether a Workspace is somebody else's: its user said so, KAITO has it, or its pod is the user's own, which
+/// KAITO serves.
 pub(super) fn is_left_alone(workspace: &Workspace) -> bool {
     let ignored = annotations::read(workspace).is_ok_and(|options| options.ignore);
     let finalizers = workspace.metadata.finalizers.as_deref().unwrap_or_default();

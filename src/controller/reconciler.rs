@@ -25,7 +25,7 @@ use crate::workspace::{REVISION, Workspace, config_name};
 
 /// hone's finalizer while a node claim exists.
 const FINALIZER: &str = "hone.sh/nodes";
-/// How often a Workspace is reconciled if nothing changes. It costs no request.
+/// The interval at which a Workspace is reconciled if nothing changes. It costs no request.
 pub(super) const RESTING: Duration = Duration::from_secs(600);
 /// The first and the longest pause between two reads of the Warnings about a pod that does not start.
 const WARNINGS: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(240));
@@ -61,7 +61,7 @@ impl Reconciler<'_> {
         Api::namespaced(self.client.clone(), self.workspace.namespace())
     }
 
-    /// Whether an object belongs to this very Workspace.
+    /// Returns whether an object belongs to this very Workspace.
     pub fn owns<K: kube::ResourceExt>(&self, object: &K) -> bool {
         let uid = self.workspace.metadata.uid.as_ref();
         object.owner_references().iter().any(|owner| Some(&owner.uid) == uid)

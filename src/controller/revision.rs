@@ -94,7 +94,7 @@ pub async fn add(
     Ok(())
 }
 
-/// Whether a revision belongs to this very Workspace, and not to an earlier one of its name.
+/// Returns whether a revision belongs to this very Workspace, and not to an earlier one of its name.
 fn is_of(revision: &ControllerRevision, workspace: &Workspace) -> bool {
     let mut owners = revision.metadata.owner_references.iter().flatten();
     owners.any(|owner| Some(&owner.uid) == workspace.metadata.uid.as_ref())
@@ -131,7 +131,7 @@ impl Inputs {
         Some(Inputs { number, hash: annotations.get(HASH).cloned().unwrap_or_default() })
     }
 
-    /// Whether the Job was made from these inputs.
+    /// Returns whether the Job was made from these inputs.
     pub fn made(&self, job: &Job) -> bool {
         Inputs::of(job)
             .is_some_and(|of| of.number == self.number && (of.hash == self.hash || of.hash.is_empty()))

@@ -31,7 +31,7 @@ use crate::workspace::{config_name, inference};
 /// changed ConfigMap into a pod within a minute or two.
 const ANSWERS: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
-/// Whether a Workspace takes an adapter from the tuning Workspace of that name.
+/// Returns whether a Workspace takes an adapter from the tuning Workspace of that name.
 pub fn follows(workspace: &Workspace, tuning: &str) -> bool {
     let adapters = workspace.inference.iter().flat_map(|inference| &inference.adapters);
     let mut images = adapters.filter_map(|adapter| adapter.source.as_ref()?.image.strip_prefix(TUNED));

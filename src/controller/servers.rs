@@ -28,12 +28,12 @@ pub struct Serving {
     pub ready: i32,
     /// KAITO's reason and message if a server is not ready.
     pub trouble: Option<(&'static str, String)>,
-    /// Why the current Workspace is not applied.
+    /// The reason why the current Workspace is not applied.
     pub refused: Option<String>,
 }
 
 impl Serving {
-    /// Whether all servers answer.
+    /// Returns whether all servers answer.
     pub fn is_ready(&self) -> bool {
         self.wanted > 0 && self.ready >= self.wanted
     }

@@ -30,7 +30,7 @@ pub struct Report {
     pub progress: Option<Progress>,
     /// State of the requested nodes.
     pub nodes: Nodes,
-    /// Why the current Workspace cannot be carried out; an older Job goes on.
+    /// The reason why the current Workspace cannot be carried out; an older Job goes on.
     pub refused: Option<String>,
     /// Whether nothing goes on until somebody corrects that.
     pub stuck: bool,
@@ -224,7 +224,7 @@ pub fn after_end(old: &Status, refused: Option<&str>) -> Status {
     status
 }
 
-/// Whether a status says that its revision's Job ended: in success, or in a failure of the Job's own.
+/// Returns whether a status says that its revision's Job ended: in success, or in a failure of the Job's own.
 pub fn tells_an_end(status: &Status) -> bool {
     let reason = |type_: &str| {
         let condition = status.conditions.iter().find(|condition| condition.type_ == type_);

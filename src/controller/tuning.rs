@@ -46,7 +46,7 @@ impl Reconciler<'_> {
         self.bring(known).await
     }
 
-    /// Whether this controller created the Job for this very Workspace.
+    /// Returns whether this controller created the Job for this very Workspace.
     pub fn made(&self, job: &Job) -> bool {
         let ours = job.metadata.labels.as_ref().and_then(|labels| labels.get(MANAGED_BY));
         let owners = job.metadata.owner_references.iter().flatten();
@@ -55,7 +55,7 @@ impl Reconciler<'_> {
         ours.is_some_and(|manager| manager == MANAGER) && same
     }
 
-    /// Whether the Job belongs to an earlier Workspace of this name. The garbage collector deletes it.
+    /// Returns whether the Job belongs to an earlier Workspace of this name. The garbage collector deletes it.
     fn is_a_predecessors(&self, job: &Job) -> bool {
         let ours = job.metadata.labels.as_ref().and_then(|labels| labels.get(MANAGED_BY));
         let owners = job.metadata.owner_references.iter().flatten();

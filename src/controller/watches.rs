@@ -87,7 +87,7 @@ impl Healths {
         self.list().remove(name);
     }
 
-    /// Whether events of this watch arrive.
+    /// Returns whether events of this watch arrive.
     pub fn is_fine(&self, name: &str) -> bool {
         self.list().get(name) == Some(&Health::Fine)
     }
@@ -265,7 +265,7 @@ fn changed<K>(
     new.keys().chain(gone).filter(differs).cloned().collect()
 }
 
-/// Whether two copies have the same version of the API server.
+/// Returns whether two copies have the same version of the API server.
 pub fn same_version<K: Resource>(one: &K, two: &K) -> bool {
     one.meta().uid == two.meta().uid && one.meta().resource_version == two.meta().resource_version
 }

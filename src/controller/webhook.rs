@@ -47,7 +47,7 @@ const JUDGED_MAX: usize = 3;
 const ARRIVAL_MAX: Duration = Duration::from_secs(5);
 /// LIMIT: an idle connection is closed after it.
 const CONNECTION_MAX: Duration = Duration::from_secs(600);
-/// How long a ConfigMap may take. The API server waits 5 s for the whole answer.
+/// The time that a ConfigMap may take. The API server waits 5 s for the whole answer.
 const CONFIG_MAX: Duration = Duration::from_secs(2);
 /// Time in which API servers learn of a new trust, which they watch.
 const SPREAD: Duration = Duration::from_secs(5);
@@ -62,7 +62,7 @@ pub struct Options {
     pub address: SocketAddr,
     /// Life of a certificate.
     pub valid: Duration,
-    /// How often Secret and trust are looked at.
+    /// The interval at which Secret and trust are looked at.
     pub pause: Duration,
 }
 
@@ -289,7 +289,8 @@ fn short(text: &str) -> String {
     words::plain(text, WARNING_BYTES_MAX)
 }
 
-/// Whether what somebody wrote may be stored. `config`: the ConfigMap that configures it, if there is one already.
+/// Returns whether what somebody wrote may be stored. `config`: the ConfigMap that configures it, if there is one
+/// already.
 fn judge(
     old: Option<&Workspace>,
     new: &Workspace,

@@ -40,7 +40,7 @@ pub fn of_error(error: &kube::Error) -> String {
     }
 }
 
-/// Why the API server refuses something for good; `None`: it may accept it the next time.
+/// Returns the reason why the API server refuses something for good; `None`: it may accept it the next time.
 pub fn refusal(error: &kube::Error) -> Option<String> {
     match error {
         kube::Error::Api(status) if matches!(status.code, 400 | 403 | 413 | 422) => {
@@ -50,7 +50,7 @@ pub fn refusal(error: &kube::Error) -> Option<String> {
     }
 }
 
-/// Whether the error says that the namespace is being deleted.
+/// Returns whether the error says that the namespace is being deleted.
 pub fn is_terminating(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.code == 403 && status.message.contains("is being terminated"))
 }

@@ -271,7 +271,7 @@ fn opened_lock(path: &Path, create: bool) -> io::Result<File> {
     }
 }
 
-/// Whether a process holds the folder. If that cannot be told, one may.
+/// Returns whether a process holds the folder. If that cannot be told, one may.
 fn held(folder: &Path) -> bool {
     match opened_lock(&folder.join(LOCK), false) {
         Err(error) => error.kind() != io::ErrorKind::NotFound,

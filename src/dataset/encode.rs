@@ -268,7 +268,7 @@ impl Row {
         }
     }
 
-    /// Whether every row so far failed, after long work for each.
+    /// Returns whether every row so far failed, after long work for each.
     fn is_vain(&self) -> bool {
         let [rows, nanoseconds] = self.vain.each_ref().map(|count| count.load(Ordering::Relaxed));
         !self.works.load(Ordering::Relaxed)
@@ -445,7 +445,7 @@ impl Encoder<'_> {
     }
 }
 
-/// Whether a turn has null content and nothing else to say.
+/// Returns whether a turn has null content and nothing else to say.
 fn is_null(message: &Message) -> bool {
     message.content.is_none()
         && message.extra.iter().all(|(name, _)| matches!(*name, "name" | "tool_call_id"))

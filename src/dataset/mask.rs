@@ -109,7 +109,8 @@ pub(super) fn unlearn(answers: &[Answer], offsets: &[(usize, usize)], flags: &mu
     }
 }
 
-/// Whether a token belongs to an answer. A token across the border belongs to it if it holds some of its content.
+/// Returns whether a token belongs to an answer. A token across the border belongs to it if it holds some of its
+/// content.
 fn belongs(whole: &Range<usize>, content: &Range<usize>, start: usize, end: usize) -> bool {
     let inside = start >= whole.start && end <= whole.end && start < whole.end;
     inside || (start < content.end && end > content.start)
@@ -169,7 +170,8 @@ impl Talk<'_> {
         Ok(blocks.iter().copied().enumerate().map(answer).collect())
     }
 
-    /// Whether a block belongs to a learned turn: by the places inside it, else by its number among the answers.
+    /// Returns whether a block belongs to a learned turn: by the places inside it, else by its number among the
+    /// answers.
     fn is_learned(
         &self,
         number: usize,
@@ -267,7 +269,7 @@ fn span(places: &[Place], message: usize) -> Option<Range<usize>> {
     Some(ranges().map(|range| range.start).min()?..ranges().map(|range| range.end).max()?)
 }
 
-/// How far a conversation up to some turn, with a generation prompt, agrees with the full text.
+/// The length up to which a conversation up to some turn, with a generation prompt, agrees with the full text.
 struct Prompt {
     agreed: usize,
     /// Whether all of it agrees.

@@ -12,8 +12,8 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 pub struct Share {
     /// The layout. `None`: the run's, or detected.
     pub layout: Option<Layout>,
-    /// How often a row is trained on per epoch. The fractional part is the share of rows that are trained on once
-    /// more. `None`: once.
+    /// The number of times that a row is trained on per epoch. The fractional part is the share of rows that are
+    /// trained on once more. `None`: once.
     pub weight: Option<f64>,
     /// Most rows that are read, chosen by the seed if rows are shuffled, else the first.
     pub limit: Option<usize>,

@@ -174,7 +174,7 @@ pub(super) struct Content {
 }
 
 impl Content {
-    /// Whether the file at `path` holds this; `stop` is asked between parts.
+    /// Returns whether the file at `path` holds this; `stop` is asked between parts.
     pub fn is_at(&self, path: &Path, stop: impl Fn() -> bool + Sync) -> io::Result<bool> {
         let file = match plain::open(path) {
             // A pipe or a device in its place.

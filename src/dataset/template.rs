@@ -163,8 +163,8 @@ impl Template {
     }
 }
 
-/// What a template may write of the time, so that texts made at other times are told apart: the dates that it asks for,
-/// or, if the format is no plain text, the second.
+/// The part of the time that a template may write, so that texts made at other times are told apart: the dates that it
+/// asks for, or, if the format is no plain text, the second.
 pub(super) fn dates(source: &str, now: SystemTime) -> Vec<String> {
     let time = Timestamp::try_from(now).unwrap_or(Timestamp::UNIX_EPOCH);
     let seconds = time.as_second();
@@ -189,7 +189,7 @@ pub(super) fn dates(source: &str, now: SystemTime) -> Vec<String> {
     dates
 }
 
-/// Whether a conversation is so short that its template has little to compute.
+/// Returns whether a conversation is so short that its template has little to compute.
 fn is_short(messages: &[Value], context: &Context) -> bool {
     let plain = |message: &Value| {
         let content = message.get_attr("content").ok()?;

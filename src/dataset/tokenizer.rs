@@ -108,7 +108,7 @@ impl Tokenizer {
         self.special("bos_token")
     }
 
-    /// Whether generation stops at a token.
+    /// Returns whether generation stops at a token.
     pub fn ends(&self, id: u32) -> bool {
         self.ends.contains(&id)
     }
@@ -118,7 +118,7 @@ impl Tokenizer {
         self.ends.iter().map(|&id| self.id_to_text(id)).collect()
     }
 
-    /// Whether a token is special: templates and tokenizers write it, people do not.
+    /// Returns whether a token is special: templates and tokenizers write it, people do not.
     pub fn is_special(&self, id: u32) -> bool {
         self.special_ids.contains(&id)
     }

@@ -103,7 +103,7 @@ impl<'a> Merged<'a> {
         names.map(str::to_owned).collect()
     }
 
-    /// Whether an adapter changes the item.
+    /// Returns whether an adapter changes the item.
     pub fn is_changed(&self, item: &Item) -> bool {
         let used = || self.pairs.iter().filter(|(_, strength)| *strength != 0.0);
         item.linear.is_some_and(|linear| used().any(|(pairs, _)| pairs.get(linear).is_some()))

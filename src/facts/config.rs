@@ -90,12 +90,12 @@ impl Config {
         }
     }
 
-    /// Whether the key is present and not null.
+    /// Returns whether the key is present and not null.
     pub fn has(&self, key: &str) -> bool {
         self.json.get(key).is_some_and(|value| !value.is_null())
     }
 
-    /// Whether the key is present, even if its value is null.
+    /// Returns whether the key is present, even if its value is null.
     pub fn says(&self, key: &str) -> bool {
         self.json.contains_key(key)
     }

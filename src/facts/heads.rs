@@ -86,7 +86,7 @@ impl Heads {
         from..rows.end
     }
 
-    /// Whether row i attends to row j of the same example.
+    /// Returns whether row i attends to row j of the same example.
     pub fn sees(&self, i: usize, j: usize) -> bool {
         j <= i && self.window.is_none_or(|window| i - j < window)
     }

@@ -118,7 +118,7 @@ pub enum Modules {
 }
 
 impl Modules {
-    /// Whether a text can only be a name: as a regular expression it would match no whole path.
+    /// Returns whether a text can only be a name: as a regular expression it would match no whole path.
     pub fn is_name(text: &str) -> bool {
         let part_of_a_name = |letter: char| letter.is_ascii_alphanumeric() || "_.-".contains(letter);
         !text.is_empty() && text.chars().all(part_of_a_name)

@@ -32,7 +32,7 @@ pub struct Preset {
     /// Name of its shape in `shapes`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shape: Option<String>,
-    /// Why hone cannot train it.
+    /// The reason why hone cannot train it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,
     /// Versions of KAITO that can tune it. KAITO only serves the other presets.

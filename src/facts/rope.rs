@@ -138,7 +138,7 @@ impl Rope {
         Ok(Rope { theta: theta as f32, rotary, scaling })
     }
 
-    /// Whether the frequencies change with the length of a sequence.
+    /// Returns whether the frequencies change with the length of a sequence.
     pub fn depends_on_length(&self) -> bool {
         matches!(self.scaling, Scaling::Dynamic { .. } | Scaling::Long { .. })
     }

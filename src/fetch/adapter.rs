@@ -1,6 +1,6 @@
 //! An adapter's source (a folder, an image, a repository of the hub) -> its PEFT folder on this machine.
 //!
-//! What is fetched is kept in the cache under its content's name: an image's manifest digest or a commit. Each
+//! The cache keeps each fetched adapter under its content's name: an image's manifest digest or a commit. Each
 //! start asks what a tag or branch names now, verifies the files it holds against their digests, and fetches only
 //! what is missing or damaged. If the registry or the hub cannot be reached, the copy of the last start is used,
 //! and a warning says so.
@@ -107,7 +107,7 @@ impl Adapter {
         }
     }
 
-    /// Whether it is fetched from another machine.
+    /// Returns whether it is fetched from another machine.
     pub fn is_remote(&self) -> bool {
         matches!(self, Adapter::Hub { .. } | Adapter::Image(Target::Registry(_)))
     }

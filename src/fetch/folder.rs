@@ -115,8 +115,8 @@ impl Folder {
         whole::write(&self.path.join(RECORD), &text)
     }
 
-    /// Whether a file is there with the right length. Files are moved here only whole and verified, so the length
-    /// only guards against other programs.
+    /// Returns whether a file is there with the right length. Files are moved here only whole and verified, so the
+    /// length only guards against other programs.
     pub fn has(&self, item: &Item) -> bool {
         !item.archive && fs::metadata(self.path.join(&item.name)).is_ok_and(|data| data.len() == item.bytes)
     }

@@ -70,7 +70,7 @@ pub fn ask(
     std::fs::read(path).map_err(|error| Fault::storage("read", path, &error))
 }
 
-/// Whether a text is a full commit hash.
+/// Returns whether a text is a full commit hash.
 pub fn is_commit(text: &str) -> bool {
     text.len() == COMMIT_DIGITS && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }

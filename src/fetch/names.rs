@@ -55,7 +55,7 @@ pub fn complete<'a>(
     }
 }
 
-/// Whether a file is downloaded.
+/// Returns whether a file is downloaded.
 pub fn is_taken(name: &str) -> bool {
     role(name).is_some()
 }

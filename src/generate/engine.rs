@@ -46,7 +46,7 @@ use crate::report::Stage;
 /// Rows of a prompt in one chunk, and of all prompts in one step, the last chunk of which may exceed it.
 pub const CHUNK: usize = 256;
 
-/// How much an engine takes at once.
+/// The most that an engine takes at once.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     /// Most sequences that run at once.
@@ -186,7 +186,7 @@ impl Engine {
     }
 }
 
-/// Whether the keys of a row depend on what stands before it alone, and not on the sequence's length.
+/// Returns whether the keys of a row depend on what stands before it alone, and not on the sequence's length.
 fn shares(decoder: &Decoder) -> bool {
     let of_length = |scaling: &Scaling| matches!(scaling, Scaling::Long { .. } | Scaling::Dynamic { .. });
     !decoder.facts.ropes.iter().any(|rope| of_length(&rope.scaling))
@@ -241,7 +241,7 @@ impl request::Engine for Engine {
             return Err(Refusal::Failed(fault.clone()));
         }
         let mix = self.mix(&state, &request)?;
-        // What can start at once does not wait.
+        // A request that can start at once does not wait.
         let idle = self.facts.sequences.saturating_sub(state.counters.running);
         if state.waiting.len() >= self.waiting_max.max(1).saturating_add(idle) {
             return Err(Refusal::Full { waiting: state.waiting.len() });
@@ -393,7 +393,7 @@ impl Sequence {
         self.tokens.len() - self.request.prompt.len()
     }
 
-    /// Whether its next row is the one that draws the next token, after a row that drew the one before.
+    /// Returns whether its next row is the one that draws the next token, after a row that drew the one before.
     fn decodes(&self) -> bool {
         self.generated() > 0 && self.tokens.len() - self.computed == 1
     }
@@ -433,7 +433,7 @@ impl Sequence {
         if self.generated() < self.request.min_tokens { &self.request.stop_tokens } else { &[] }
     }
 
-    /// Whether a token is all that a turn asks of its logits, and the logits stay as they are.
+    /// Returns whether a token is all that a turn asks of its logits, and the logits stay as they are.
     fn takes_token(&self) -> bool {
         let Request { sampling, logprobs, prompt_logprobs, .. } = &self.request;
         let scores = prompt_logprobs.is_some() && self.scored < self.request.prompt.len();

@@ -125,7 +125,7 @@ pub struct Scored {
     pub top: Vec<(u32, f32)>,
 }
 
-/// Why a sequence ended.
+/// The reason why a sequence ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Finish {
     /// The text ended by one of its stop tokens.
@@ -145,7 +145,7 @@ pub struct Usage {
     pub generated_tokens: usize,
 }
 
-/// Why a request is not taken.
+/// The reason why a request is not taken.
 #[derive(Clone, Debug)]
 pub enum Refusal {
     /// So many requests wait already.
@@ -276,7 +276,7 @@ impl Sender {
         self.events.send(event).is_ok()
     }
 
-    /// Whether the reader went away: the sequence may leave the batch.
+    /// Returns whether the reader went away: the sequence may leave the batch.
     pub fn cancelled(&self) -> bool {
         self.events.is_closed()
     }

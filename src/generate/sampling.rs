@@ -37,7 +37,7 @@ impl History {
     }
 }
 
-/// Whether the logits stay as they are, so that the most probable token needs no look at the history.
+/// Returns whether the logits stay as they are, so that the most probable token needs no look at the history.
 pub fn is_plain(sampling: &Sampling) -> bool {
     sampling.repetition_penalty == 1.0
         && sampling.presence_penalty == 0.0

@@ -111,7 +111,8 @@ pub fn fits_vocabulary(tokenizer: &Tokenizer, facts: &Facts) -> Result<()> {
     }
 }
 
-/// Whether the checkpoint is bf16 according to `config.json`. Most are, so this is assumed if the file does not say.
+/// Returns whether the checkpoint is bf16 according to `config.json`. Most are, so this is assumed if the file does not
+/// say.
 pub fn bf16_checkpoint(config: &Config) -> Result<bool> {
     let dtype = match config.text("dtype")? {
         Some(dtype) => Some(dtype),

@@ -217,8 +217,8 @@ impl Neighbours {
     }
 }
 
-/// Whether the process namespace is the pod's. In that case our container's first process has a parent outside of it
-/// and is not PID 1.
+/// Returns whether the process namespace is the pod's. In that case our container's first process has a parent outside
+/// of it and is not PID 1.
 fn shared() -> bool {
     is_shared(&processes(Path::new("/proc")), std::process::id() as i32)
 }

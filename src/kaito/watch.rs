@@ -17,7 +17,7 @@ use crate::report::{Report, Stage, termination};
 const CHILD: &str = "HONE_KAITO_JOB";
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Whether this process is the job itself.
+/// Returns whether this process is the job itself.
 pub fn is_job(environment: &dyn Fn(&str) -> Option<String>) -> bool {
     environment(CHILD).is_some()
 }
@@ -60,7 +60,7 @@ pub fn watch(limits: Limits, report: &Report) -> Result<u8> {
     Ok(128 + signal as u8)
 }
 
-/// Whether the job wrote a last word. A job that does so has not ended the containers that wait for it.
+/// Returns whether the job wrote a last word. A job that does so has not ended the containers that wait for it.
 fn ended_at_once(mut last_word: PipeReader) -> bool {
     last_word.read(&mut [0]).is_ok_and(|bytes| bytes > 0)
 }

@@ -83,7 +83,7 @@ pub const INSTANCES: [(&str, &str, usize, f64); 31] = [
     ("p5en.48xlarge", "h200", 8, 2048.0),
 ];
 
-/// How names of cards begin, and their compute capability.
+/// The beginnings of names of cards, and their compute capability.
 const CAPABILITIES: [(&str, (i32, i32)); 10] = [
     ("t4", (7, 5)),
     ("v100", (7, 0)),

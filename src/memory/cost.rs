@@ -17,7 +17,7 @@ pub use super::machine::Rates;
 
 /// Share of the highest matrix rate that products of a layer's shapes reach.
 pub const MATRIX_SHARE: f64 = 0.82;
-/// How many times faster products in 8 bits are than in bf16, for a layer's shapes. Others measured 1.5 (a contraction
+/// The speed of products in 8 bits over that in bf16, for a layer's shapes. Others measured 1.5 (a contraction
 /// of 3,072) to 1.75 (large ones) on an H100; to be confirmed.
 pub const EIGHT_BITS_TIMES: f64 = 1.55;
 /// Share of the highest matrix rate that attention's kernels reach.

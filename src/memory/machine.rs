@@ -59,7 +59,7 @@ impl Rates {
     }
 }
 
-/// How much of the free memory may be used.
+/// The share of the free memory that may be used.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Limit {
     /// A share of the free memory, in (0, 1].
@@ -98,7 +98,7 @@ impl Limit {
 }
 
 impl Machine {
-    /// Whether a product in 8 bits scales rows and columns itself, as it does on GPUs of 9.0 alone.
+    /// Returns whether a product in 8 bits scales rows and columns itself, as it does on GPUs of 9.0 alone.
     pub fn scales_8_bits(&self) -> bool {
         self.capability == Some((9, 0))
     }

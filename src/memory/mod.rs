@@ -230,7 +230,7 @@ impl<'a> Solver<'a> {
         Solver { task, machine, kept, lowest, weights, may_expand, fixed_bytes }
     }
 
-    /// Whether the hosts have room for what lies there, over all ranks.
+    /// Returns whether the hosts have room for what lies there, over all ranks.
     fn fits_the_host(&self) -> bool {
         let bytes = self.weights.host_bytes(self.task, self.machine.place);
         self.machine.host.is_none_or(|host| bytes.saturating_mul(self.machine.ranks as u64) <= host)
@@ -373,7 +373,7 @@ impl<'a> Solver<'a> {
         }
     }
 
-    /// Whether the host has room for inputs of layers beside the weights that lie there.
+    /// Returns whether the host has room for inputs of layers beside the weights that lie there.
     fn inputs_fit(&self, tokens: usize, keep: &[Keep]) -> bool {
         let weights = self.weights.host_bytes(self.task, self.machine.place);
         let bytes = weights + self.host_inputs(tokens, keep);

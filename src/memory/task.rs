@@ -10,7 +10,7 @@ use crate::ops::fp8;
 pub struct Options {
     /// The level of every layer; `None`: as memory allows.
     pub keep: Option<Keep>,
-    /// How much of the free memory may be used; `None`: the default share.
+    /// The share of the free memory that may be used; `None`: the default share.
     pub limit: Option<Limit>,
     /// Most tokens per pass.
     pub tokens_max: Option<usize>,
@@ -71,7 +71,7 @@ impl Task {
         }
     }
 
-    /// Whether products with a frozen weight [rows, cols] have operands in 8 bits.
+    /// Returns whether products with a frozen weight [rows, cols] have operands in 8 bits.
     pub fn in_8_bits(&self, rows: usize, cols: usize) -> bool {
         self.precision == Precision::Fp8 && fp8::takes(rows, cols)
     }

@@ -86,7 +86,7 @@ impl Layers {
         first.into_iter().chain(rest).collect()
     }
 
-    /// Whether the embedding lies in host memory, where a GPU reads the rows of a pass.
+    /// Returns whether the embedding lies in host memory, where a GPU reads the rows of a pass.
     fn embedding_on_host(self, task: &Task, place: Place) -> bool {
         self.residency != Residency::Resident
             && place == Place::Gpu

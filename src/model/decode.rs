@@ -103,7 +103,7 @@ impl Decoder {
         Ok(())
     }
 
-    /// Whether a step's launches depend on lengths of lists alone.
+    /// Returns whether a step's launches depend on lengths of lists alone.
     fn has_graph(&self, step: &Step, mixture: &Mixture) -> bool {
         self.device.is_cuda()
             && Change::Graphs.is_on()

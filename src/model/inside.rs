@@ -60,8 +60,8 @@ pub fn spare(cols: usize, members: &[Member], tokens: usize) -> usize {
     }
 }
 
-/// Whether one pass over the gradient of layers gives both of its low-rank products. `shapes` has the rows of each
-/// layer and the rank of its pair.
+/// Returns whether one pass over the gradient of layers gives both of its low-rank products. `shapes` has the rows of
+/// each layer and the rank of its pair.
 pub fn takes_both(bf16: bool, mut shapes: impl Iterator<Item = (usize, usize)>) -> bool {
     bf16 && Change::Both.is_on()
         && shapes.all(|(rows, rank)| rank <= BOTH_RANKS_MAX && rows.is_multiple_of(8))
@@ -160,7 +160,7 @@ mod gpu {
                 .map(move |(part, learner)| (part.weight.dims().0, rank(learner)))
         }
 
-        /// Whether the gradients of A come from the input of a norm.
+        /// Returns whether the gradients of A come from the input of a norm.
         fn takes_normed(&self, dy: &Tensor) -> bool {
             let fits = self.dropout.is_none() && self.ranks() <= NORMED_RANKS_MAX;
             fits && dy.dtype() == DType::BF16 && Change::Normed.is_on()

@@ -44,7 +44,7 @@ impl Kept {
         self
     }
 
-    /// Whether the input waits in host memory.
+    /// Returns whether the input waits in host memory.
     pub fn is_away(&self) -> bool {
         self.x.is_none()
     }

@@ -143,7 +143,7 @@ fn wanted(facts: &Facts) -> BTreeSet<String> {
     facts.tensors().into_iter().map(|tensor| tensor.name).collect()
 }
 
-/// Whether a tensor may be there although the decoder does not read it: old Llama checkpoints hold rope's
+/// Returns whether a tensor may be there although the decoder does not read it: old Llama checkpoints hold rope's
 /// frequencies, and some with a tied head repeat it.
 fn ignored(facts: &Facts, name: &str) -> bool {
     name.ends_with("rotary_emb.inv_freq") || (facts.tied_head && name == head_weight(facts))

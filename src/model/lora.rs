@@ -235,7 +235,7 @@ impl Pairs {
         Ok(self.across.get().expect("just made"))
     }
 
-    /// Whether a pair has magnitudes.
+    /// Returns whether a pair has magnitudes.
     pub fn has_magnitudes(&self) -> bool {
         self.list.iter().flatten().any(|pair| pair.dora.is_some())
     }
@@ -388,7 +388,7 @@ impl<'a> Mixture<'a> {
         Ok(())
     }
 
-    /// Whether all adapters are added row by row. Then launches depend on the numbers of `send` alone.
+    /// Returns whether all adapters are added row by row. Then launches depend on the numbers of `send` alone.
     #[cfg(feature = "cuda")]
     pub(super) fn is_row_by_row(&self) -> bool {
         let row_by_row = |part: &Part| {
@@ -542,7 +542,7 @@ impl Training<'_> {
 }
 
 impl Trainable {
-    /// Whether every B is zero, so that the adapter changes nothing.
+    /// Returns whether every B is zero, so that the adapter changes nothing.
     pub fn is_without_effect(&self) -> candle_core::Result<bool> {
         let params = self.params.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
         let zero = |site: &Site| {
@@ -654,7 +654,7 @@ impl Trainable {
         }
     }
 
-    /// Whether pairs have DoRA's magnitudes.
+    /// Returns whether pairs have DoRA's magnitudes.
     pub fn has_magnitudes(&self) -> bool {
         self.sites.iter().any(|site| site.dora)
     }

@@ -68,7 +68,7 @@ impl Step {
         from
     }
 
-    /// Whether each segment has one row, the logits of which are wanted.
+    /// Returns whether each segment has one row, the logits of which are wanted.
     pub fn is_decoding(&self) -> bool {
         self.segments.iter().all(|segment| segment.rows.len() == 1)
             && self.wanted.iter().copied().eq(0..self.ids.len() as u32)

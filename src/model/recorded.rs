@@ -27,7 +27,7 @@ const SHORT_ROWS: usize = 1024;
 pub struct Recorder {
     /// Bytes of device memory that graphs may take; 0: there are none.
     bytes_max: u64,
-    /// Why there are no graphs any more, until it is told.
+    /// The reason why there are no graphs any more, until it is told.
     refusal: Option<String>,
     #[cfg(feature = "cuda")]
     recorded: Option<gpu::Recorded>,
@@ -68,7 +68,7 @@ impl Recorder {
         Ok(loss)
     }
 
-    /// Why passes go launch by launch from now on, once.
+    /// Returns the reason why passes go launch by launch from now on, once.
     pub fn refusal(&mut self) -> Option<String> {
         self.refusal.take()
     }
@@ -108,7 +108,7 @@ fn plain(
     }
 }
 
-/// Whether a pass's launches depend on its shape alone.
+/// Returns whether a pass's launches depend on its shape alone.
 fn has_graph(decoder: &Decoder, adapter: &Trainable, keep: &[Keep]) -> bool {
     decoder.ring.is_none()
         && !keep.contains(&Keep::HostInputs)
@@ -175,7 +175,7 @@ mod gpu {
             })
         }
 
-        /// Whether there is a graph.
+        /// Returns whether there is a graph.
         pub fn has_graphs(&self) -> bool {
             !self.graphs.is_empty()
         }

@@ -47,7 +47,7 @@ impl Replay {
         self.graphs.size()
     }
 
-    /// Why the driver refused a graph, if it did.
+    /// Returns the reason why the driver refused a graph, if it did.
     pub fn refusal(&self) -> Option<&str> {
         self.graphs.refusal()
     }

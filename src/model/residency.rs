@@ -36,7 +36,7 @@ pub enum Home {
 }
 
 impl Home {
-    /// Whether every weight lies on the device all the time.
+    /// Returns whether every weight lies on the device all the time.
     pub fn is_device(&self) -> bool {
         match self {
             Home::Device => true,
@@ -45,7 +45,7 @@ impl Home {
         }
     }
 
-    /// Whether several ranks hold pieces of each layer.
+    /// Returns whether several ranks hold pieces of each layer.
     pub fn is_shared(&self) -> bool {
         self.pieces() > 1
     }
@@ -58,7 +58,8 @@ impl Home {
         }
     }
 
-    /// Whether this process reads a layer's 4-bit weights from the checkpoint. Ranks that share the base take turns.
+    /// Returns whether this process reads a layer's 4-bit weights from the checkpoint. Ranks that share the base take
+    /// turns.
     pub(super) fn reads(&self, layer: usize) -> bool {
         match self {
             Home::Device | Home::Host => true,
@@ -67,8 +68,8 @@ impl Home {
     }
 }
 
-/// Whether a GPU leaves the embedding in host memory if the layers' weights are not on the device: a pass needs few
-/// of its rows. A tied head needs all of it on the device, and a factor is applied there.
+/// Returns whether a GPU leaves the embedding in host memory if the layers' weights are not on the device: a pass needs
+/// few of its rows. A tied head needs all of it on the device, and a factor is applied there.
 pub fn embedding_stays_on_host(facts: &Facts) -> bool {
     !facts.tied_head && facts.embedding_scale.factor == 1.0
 }
@@ -277,7 +278,7 @@ pub struct Ring {
     ranks: Option<Arc<dyn Collective>>,
     /// The layer that each buffer holds, or is being filled with.
     holds: Mutex<[Option<usize>; 2]>,
-    /// Why the ranks did not gather a layer. A pass's own error is candle's, which has no kind.
+    /// The reason why the ranks did not gather a layer. A pass's own error is candle's, which has no kind.
     fault: Mutex<Option<Fault>>,
 }
 
@@ -291,7 +292,7 @@ impl Ring {
         2 * self.buffers[0].elem_count() + self.layers.iter().map(piece).sum::<usize>()
     }
 
-    /// Whether ranks hold pieces of the layers, so that no rank computes by itself.
+    /// Returns whether ranks hold pieces of the layers, so that no rank computes by itself.
     pub fn is_shared(&self) -> bool {
         self.ranks.is_some()
     }
@@ -302,7 +303,7 @@ impl Ring {
         self.layers.iter().filter(host).map(|layer| layer.bytes).sum()
     }
 
-    /// Why the ranks could not gather a layer, if that ended a pass.
+    /// Returns the reason why the ranks could not gather a layer, if that ended a pass.
     pub fn fault(&self) -> Option<Fault> {
         lock(&self.fault).take()
     }

@@ -20,13 +20,13 @@ use super::weights::{Checkpoint, Raw};
 
 const STATE: &str = "quant_state.bitsandbytes__";
 
-/// Whether a tensor's name is that of a companion of a stored weight.
+/// Returns whether a tensor's name is that of a companion of a stored weight.
 pub fn is_part(name: &str) -> bool {
     let Some((_, part)) = name.rsplit_once(".weight.") else { return false };
     ["absmax", "quant_map", "nested_absmax", "nested_quant_map"].contains(&part) || part.starts_with(STATE)
 }
 
-/// Whether a weight is stored in 4 bits; `llm_int8_skip_modules` are not.
+/// Returns whether a weight is stored in 4 bits; `llm_int8_skip_modules` are not.
 pub fn has(checkpoint: &Checkpoint, name: &str) -> bool {
     state(checkpoint, name).is_some()
 }

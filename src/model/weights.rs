@@ -328,7 +328,7 @@ pub(super) fn language_name(name: &str) -> Cow<'_, str> {
     }
 }
 
-/// Whether a tensor belongs to the parts of a multimodal model beside its language model.
+/// Returns whether a tensor belongs to the parts of a multimodal model beside its language model.
 pub fn beside_language(name: &str) -> bool {
     let name = name.strip_prefix("model.").unwrap_or(name);
     BESIDE_LANGUAGE.iter().any(|part| name.starts_with(part))

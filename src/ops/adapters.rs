@@ -58,7 +58,7 @@ pub struct Items {
     _tables: Vec<Tensor>,
 }
 
-/// Where an adapter's matrices lie, eight numbers a layer behind the layers' number. The matrices must live as
+/// The addresses of an adapter's matrices, eight numbers a layer behind the layers' number. The matrices must live as
 /// long as the table is used.
 ///
 /// # Errors

@@ -86,7 +86,7 @@ impl Change {
         }
     }
 
-    /// Whether the change is on.
+    /// Returns whether the change is on.
     pub fn is_on(self) -> bool {
         off().load(Ordering::Relaxed) & self.bit() == 0
     }

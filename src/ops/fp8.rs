@@ -38,7 +38,7 @@ pub struct Scaled {
     pub scales: Tensor,
 }
 
-/// Whether a weight [rows, cols] can be multiplied in 8 bits. Others are multiplied in bf16.
+/// Returns whether a weight [rows, cols] can be multiplied in 8 bits. Others are multiplied in bf16.
 pub fn takes(rows: usize, cols: usize) -> bool {
     rows.is_multiple_of(MULTIPLE) && cols.is_multiple_of(MULTIPLE)
 }

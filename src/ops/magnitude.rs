@@ -176,7 +176,7 @@ mod gpu {
     use crate::ops::cuda::Launch;
     use crate::ops::rows;
 
-    /// Whether the weight lies on a GPU.
+    /// Returns whether the weight lies on a GPU.
     pub fn lies_there(weight: &Weight) -> bool {
         match weight {
             Weight::Dense(tensor) => tensor.device().is_cuda(),

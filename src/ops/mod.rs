@@ -70,7 +70,7 @@ pub fn put(tensor: &Tensor, device: &Device) -> Result<Tensor> {
     tensor.to_device(device)
 }
 
-/// Whether an operation failed for lack of device memory, in which case a smaller plan may succeed.
+/// Returns whether an operation failed for lack of device memory, in which case a smaller plan may succeed.
 pub fn out_of_memory(error: &Error) -> bool {
     let text = format!("{error:?}");
     text.contains("CUDA_ERROR_OUT_OF_MEMORY") || text.contains("CUBLAS_STATUS_ALLOC_FAILED")

@@ -100,7 +100,7 @@ impl Numbers {
         send_from_device(numbers)
     }
 
-    /// Whether `values` returns at once.
+    /// Returns whether `values` returns at once.
     pub fn are_here(&self) -> bool {
         matches!(self.0, Way::Arrived(_))
     }

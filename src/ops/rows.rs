@@ -30,7 +30,7 @@ impl Index<'_> {
         Ok(Index::Here(list))
     }
 
-    /// How many there are.
+    /// The number of rows.
     pub fn count(&self) -> usize {
         match self {
             Index::Here(list) => list.len(),

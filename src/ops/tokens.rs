@@ -20,7 +20,7 @@ impl Places {
         Places(places)
     }
 
-    /// Whether no token has a trained row.
+    /// Returns whether no token has a trained row.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

@@ -1,4 +1,4 @@
-//! What a run was given -> what its folder remembers of it, so that commands can look at its adapter later without
+//! The arguments of a run -> what its folder remembers of them, so that commands can look at its adapter later without
 //! being told again. No secret gets into it: an address with a signature is left out.
 
 use serde_json::{Map, Value as Json};
@@ -31,8 +31,8 @@ const OF_ONE_START: [&str; 18] = [
     "residency",
 ];
 
-/// Whether a key belongs to one start, so that no record holds it. A folder that somebody else wrote does not decide
-/// where this start sends things, or whom it trusts.
+/// Returns whether a key belongs to one start, so that no record holds it. A folder that somebody else wrote does not
+/// decide where this start sends things, or whom it trusts.
 pub fn is_of_one_start(key: &str) -> bool {
     OF_ONE_START.contains(&key)
 }

@@ -106,7 +106,7 @@ pub(super) fn memory(reader: &mut Reader) -> memory::Options {
     }
 }
 
-/// How much layers keep: `keep`, or else `gradient_checkpointing`. `None`: as much as memory allows.
+/// The amount that layers keep: `keep`, or else `gradient_checkpointing`. `None`: as much as memory allows.
 fn keep(reader: &mut Reader) -> Option<Keep> {
     let level = reader.text(Section::Hone, "keep").as_deref().and_then(Keep::named);
     let older = reader.maybe_boolean(Section::TrainingArguments, "gradient_checkpointing");

@@ -149,7 +149,7 @@ impl Wish {
 /// How the ranks ended.
 #[derive(Debug)]
 pub struct Ended {
-    /// Why the first of them failed; `None` if all succeeded.
+    /// The reason why the first of them failed; `None` if all succeeded.
     pub fault: Option<Fault>,
     /// Whether a rank reported the fault. If not, this process must.
     pub told: bool,

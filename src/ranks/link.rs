@@ -43,7 +43,7 @@ static TOLD: AtomicBool = AtomicBool::new(false);
 /// Whether the process that started this rank also started rank 0, and so reports its end.
 static PARENT_TELLS: AtomicBool = AtomicBool::new(false);
 
-/// Whether rank 0 knows, and so reports, why this rank ends.
+/// Returns whether rank 0 knows, and so reports, why this rank ends.
 pub fn is_told() -> bool {
     TOLD.load(Ordering::SeqCst)
 }
@@ -150,9 +150,9 @@ struct Known {
     lags: Option<Instant>,
     /// The time at which the connection closed.
     lost: Option<Instant>,
-    /// Why the rank failed, as it said itself, and when.
+    /// The reason why the rank failed, as it said itself, and when.
     failed: Option<(Fault, Instant)>,
-    /// Why the rank ended, as the process says that started it.
+    /// The reason why the rank ended, as the process says that started it.
     ended: Option<Fault>,
 }
 
@@ -655,7 +655,7 @@ impl Shared {
         })
     }
 
-    /// Whether a rank that lives has not come for too long to a call that others came to.
+    /// Returns whether a rank that lives has not come for too long to a call that others came to.
     fn lags(&self, since: &mut Option<Instant>, lags: bool) -> bool {
         match lags {
             true => since.get_or_insert_with(Instant::now).elapsed() >= self.limits.hang,
@@ -758,7 +758,7 @@ impl Shared {
         if let Ok(mut writer) = first.writer.lock() {
             let _ = frame.write(&mut *writer);
         }
-        // What this rank found by itself, rank 0 now hears too, if it lives.
+        // Rank 0, if it lives, now hears too what this rank found by itself.
         let found = self.lock().end.is_some();
         let longest = if found { FAREWELL_MAX } else { STOP_MAX + REASON_MAX + FAREWELL_MAX };
         self.wait(longest, |state| state.told || state.done || state.peers[0].lost.is_some());
@@ -923,7 +923,7 @@ mod tests {
         assert!(all.iter().all(|fault| fault.kind == Kind::Data && fault.message == "row 7"), "{all:?}");
     }
 
-    /// What all ranks find at the same time, each by itself, is rank 0's to say.
+    /// Rank 0 reports a fault that all ranks find at the same time, each by itself.
     #[test]
     fn ranks_that_stop_together_say_what_rank_0_says() {
         let all = ranks(2, "together", LIMITS, |link| {

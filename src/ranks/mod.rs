@@ -34,7 +34,7 @@ impl Place {
     /// The place of a process that trains by itself.
     pub const ALONE: Place = Place { rank: 0, world: 1, local_rank: 0, local_world: 1 };
 
-    /// Whether this process writes checkpoints, metrics and the adapter.
+    /// Returns whether this process writes checkpoints, metrics and the adapter.
     pub fn leads(self) -> bool {
         self.rank == 0
     }

@@ -151,8 +151,8 @@ impl Library {
     }
 }
 
-/// Where the library is looked for, in this order: the folders of HONE_CUDA_LIBS, those of the system, the package that
-/// pip installs in a virtual environment, and CUDA's own folder.
+/// The places where the library is looked for, in this order: the folders of HONE_CUDA_LIBS, those of the system, the
+/// package that pip installs in a virtual environment, and CUDA's own folder.
 fn places() -> Vec<PathBuf> {
     let named = std::env::var_os("HONE_CUDA_LIBS").unwrap_or_default();
     let named = std::env::split_paths(&named).map(|folder| folder.join(FILE)).collect::<Vec<_>>();
@@ -189,7 +189,7 @@ struct Shared {
 struct State {
     /// `None` after it was aborted or destroyed.
     communicator: Option<Handle>,
-    /// Why it was aborted, and when.
+    /// The reason why it was aborted, and when.
     fault: Option<(Fault, Instant)>,
     /// Sums that were queued and have not ended, as far as the watching thread has seen.
     queued: VecDeque<Queued>,
@@ -289,7 +289,8 @@ impl Nccl {
         Ok(())
     }
 
-    /// Why the communicator is gone. The hosts know which rank was lost and why, if it was one; NCCL does not.
+    /// Returns the reason why the communicator is gone. The hosts know which rank was lost and why, if it was one; NCCL
+    /// does not.
     fn why_aborted(&self, state: MutexGuard<State>) -> Fault {
         let Some((fault, at)) = state.fault.clone() else {
             return Fault::internal("NCCL was left before the last call");

@@ -39,7 +39,7 @@ struct Meeting {
     came: Vec<Option<Vec<u8>>>,
     /// The result of the call before, and the ranks that have not fetched it.
     result: Arc<Vec<Vec<u8>>>,
-    /// Why no later call can succeed.
+    /// The reason why no later call can succeed.
     broken: Option<Fault>,
 }
 

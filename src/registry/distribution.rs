@@ -108,8 +108,8 @@ impl Client {
         secrets
     }
 
-    /// Whether the registry has the blob. A refusal counts as no: the upload will get the reason, which an answer to
-    /// HEAD cannot hold.
+    /// Returns whether the registry has the blob. A refusal counts as no: the upload will get the reason, which an
+    /// answer to HEAD cannot hold.
     pub(super) async fn has_blob(&self, digest: &str) -> Attempted<bool> {
         let url = self.url("blobs", digest)?;
         match self.ask(&self.quick, Method::HEAD, url, |request| request).await {

@@ -136,7 +136,7 @@ async fn session(answer: reqwest::Response) -> Result<Session, Trouble> {
     }
 }
 
-/// How long a token is used, from the lifetime in seconds that a token server states.
+/// The time that a token is used, from the lifetime in seconds that a token server states.
 fn useful_for(expires_in: Option<u64>) -> Duration {
     expires_in.map_or(LIFETIME_MIN, Duration::from_secs).max(LIFETIME_MIN) - LIFETIME_MARGIN
 }

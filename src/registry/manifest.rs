@@ -90,8 +90,8 @@ pub(super) fn annotations(bytes: &[u8]) -> BTreeMap<String, String> {
     texts.filter_map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned()))).collect()
 }
 
-/// Whether the text is `sha256:` and 64 lower-case hex digits. Nothing else passes, because digests become paths and
-/// URLs.
+/// Returns whether the text is `sha256:` and 64 lower-case hex digits. Nothing else passes, because digests become
+/// paths and URLs.
 pub(super) fn is_digest(text: &str) -> bool {
     let hex = text.strip_prefix("sha256:").unwrap_or_default();
     hex.len() == 64 && hex.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))

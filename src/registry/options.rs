@@ -25,7 +25,7 @@ pub struct Options {
     pub ca_file: Option<PathBuf>,
     /// Whether to use plain HTTP; only if the user asked for it.
     pub plain_http: bool,
-    /// How often a failed request is tried in all.
+    /// The number of attempts of a request in all.
     pub attempts_max: u32,
     /// Time limit for making a connection.
     pub connect_timeout: std::time::Duration,

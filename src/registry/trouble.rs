@@ -73,7 +73,8 @@ impl Trouble {
         Trouble { nature, status: Some(status), text, wait: None }
     }
 
-    /// Whether a monolithic upload was refused because it is one (413 of proxies and ACR, 405 of JFrog and others).
+    /// Returns whether a monolithic upload was refused because it is one (413 of proxies and ACR, 405 of JFrog and
+    /// others).
     pub(super) fn refuses_monolithic(&self) -> bool {
         matches!(self.nature, Nature::Violation)
             || matches!(self.status, Some(400 | 405 | 411 | 413 | 415 | 416 | 501))

@@ -63,7 +63,7 @@ impl Lines {
         let _ = tracing::dispatcher::set_global_default(self.dispatch.clone());
     }
 
-    /// Whether a task may write a line now. Its first line comes one interval after its start.
+    /// Returns whether a task may write a line now. Its first line comes one interval after its start.
     fn may_speak(&self, progress: &Progress) -> bool {
         let mut spoke = self.spoke.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if progress.finished {

@@ -137,7 +137,7 @@ pub trait Sink: Send + Sync {
     fn progress(&self, progress: &Progress);
 }
 
-/// Whether `choose` writes JSON lines.
+/// Returns whether `choose` writes JSON lines.
 pub fn is_json(bars: Option<bool>) -> bool {
     !bars.unwrap_or_else(|| std::io::stderr().is_terminal())
 }

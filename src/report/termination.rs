@@ -14,7 +14,7 @@ const LINE_BYTES_MAX: usize = 2048;
 /// The end of a run, and what it reached.
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {
-    /// Why the run failed; `None` if it succeeded.
+    /// The reason why the run failed; `None` if it succeeded.
     pub fault: Option<Fault>,
     /// The last logged optimizer step.
     pub step: Option<u64>,

@@ -73,7 +73,7 @@ struct Known<'a> {
 }
 
 impl<'a> Known<'a> {
-    /// Whether a row is known exactly (true), nearly (false) or not (`None`).
+    /// Returns whether a row is known exactly (true), nearly (false) or not (`None`).
     fn find(&self, print: &Print) -> Option<bool> {
         if self.tokens.contains(&print.tokens) {
             return Some(true);

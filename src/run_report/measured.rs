@@ -30,7 +30,7 @@ pub struct Measured {
     pub evaluations: Vec<Map<String, Json>>,
     /// Number of all such lines, of which those above are the first.
     pub evaluations_told: usize,
-    /// Why the machine failed to read the file to its end.
+    /// The reason why the machine failed to read the file to its end.
     pub unread: Option<Fault>,
 }
 
@@ -89,7 +89,7 @@ impl Measured {
         }
     }
 
-    /// Whether it holds nothing.
+    /// Returns whether it holds nothing.
     pub fn is_empty(&self) -> bool {
         self.points.is_empty()
     }

@@ -38,7 +38,7 @@ pub struct Run {
     metrics: Measured,
     /// `timeline.jsonl`, the newest line of each step.
     timeline: Measured,
-    /// Why the machine failed to read a file, so that the page lacks something.
+    /// The reason why the machine failed to read a file, so that the page lacks something.
     pub unread: Option<Fault>,
 }
 
@@ -67,7 +67,7 @@ impl Run {
         self.fact("published").as_array().into_iter().flatten()
     }
 
-    /// Whether nothing in the folder is of a run.
+    /// Returns whether nothing in the folder is of a run.
     pub fn is_empty(&self) -> bool {
         self.story.starts.is_empty() && self.record.is_null() && self.metrics.is_empty()
     }
@@ -113,7 +113,7 @@ impl Run {
         self.story.last()?.fault.as_ref()
     }
 
-    /// How the run stands: a word and the style of it.
+    /// The state of the run: a word and the style of it.
     pub fn state(&self) -> (String, &'static str) {
         let trained = !self.fact("trained").is_null();
         match (self.story.last(), self.failure()) {

@@ -53,7 +53,7 @@ pub struct Start {
     pub fault: Option<Failure>,
 }
 
-/// Why a start failed.
+/// The reason why a start failed.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Failure {

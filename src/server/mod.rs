@@ -29,7 +29,7 @@ use state::State;
 /// The rule for an adapter's name: it stands in labels, lists and addresses.
 pub(crate) const NAME_RULE: &str = "expected 1 to 128 letters, digits, '.', '_' or '-'";
 
-/// Whether an adapter may have this name.
+/// Returns whether an adapter may have this name.
 pub fn is_name(name: &str) -> bool {
     let fits = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     (1..=128).contains(&name.len()) && name.chars().all(fits)

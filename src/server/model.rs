@@ -67,7 +67,7 @@ pub struct Named {
 pub struct FileState {
     /// Names the text that was looked at last.
     pub digest: String,
-    /// Why it is not served; `None`: it is.
+    /// The reason why it is not served; `None`: it is.
     pub refused: Option<String>,
 }
 

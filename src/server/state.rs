@@ -64,7 +64,7 @@ impl State {
         self.phase.borrow().clone()
     }
 
-    /// Whether new requests are refused because the server ends.
+    /// Returns whether new requests are refused because the server ends.
     pub fn ends(&self) -> bool {
         matches!(*self.phase.borrow(), Phase::Draining(_) | Phase::Stopped)
     }

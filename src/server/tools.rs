@@ -57,7 +57,7 @@ impl Said {
         Said { text, calls: Vec::new() }
     }
 
-    /// Whether nothing was said.
+    /// Returns whether nothing was said.
     pub fn is_empty(&self) -> bool {
         self.text.is_empty() && self.calls.is_empty()
     }
@@ -145,7 +145,7 @@ impl Calls {
         Calls { offer, held: String::new(), begun: false, made: 0 }
     }
 
-    /// Whether there was a call.
+    /// Returns whether there was a call.
     pub fn any(&self) -> bool {
         self.made > 0
     }

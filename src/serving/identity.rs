@@ -52,7 +52,7 @@ pub fn check(source: &str, annotated: &[String], served: &[String]) -> Result<Op
     }
 }
 
-/// Whether a name is one of the hub's or KAITO's, and not only that of a folder.
+/// Returns whether a name is one of the hub's or KAITO's, and not only that of a folder.
 fn is_known(name: &str) -> bool {
     let plain = plain(name);
     let scheme = name.starts_with("hf://") || name.starts_with("oci://");

@@ -24,7 +24,7 @@ use crate::source;
 /// LIMIT: a ConfigMap has 1 MiB at most.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 const STRENGTH: std::ops::RangeInclusive<f32> = -16.0..=16.0;
-/// How often the file is looked at.
+/// The interval at which the file is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(2);
 /// The first pause before what was refused is tried again; it doubles up to the longest. A Secret may have been mended
 /// since, or an image pushed.

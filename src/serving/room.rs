@@ -22,7 +22,7 @@ use crate::report::Report;
 /// LIMIT: of a safetensors header, by its format.
 const HEADER_BYTES_MAX: u64 = 100_000_000;
 
-/// How large a server is to be.
+/// The size that a server is to have.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Size {
     /// Most sequences that run at once.

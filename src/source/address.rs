@@ -27,7 +27,7 @@ const METADATA_V6: [&[u16]; 4] = [
 const METADATA_NAMES: [&str; 5] =
     ["metadata.google.internal", "metadata.goog", "metadata", "instance-data", "instance-data.ec2.internal"];
 
-/// Whether no connection may be made to this address.
+/// Returns whether no connection may be made to this address.
 pub fn forbidden(address: IpAddr) -> bool {
     match address.to_canonical() {
         IpAddr::V4(v4) => forbidden_v4(v4),
@@ -56,7 +56,7 @@ fn embedded(address: Ipv6Addr) -> Option<Ipv4Addr> {
     }
 }
 
-/// Whether the host is a forbidden address or a name of one. `Url` has already decoded decimal, octal and
+/// Returns whether the host is a forbidden address or a name of one. `Url` has already decoded decimal, octal and
 /// hexadecimal forms.
 pub fn forbidden_host(url: &Url) -> bool {
     match url.host() {

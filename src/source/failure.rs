@@ -1,14 +1,14 @@
-//! Why one attempt of a download failed, and whether another can help.
+//! The reason why one attempt of a download failed, and whether another can help.
 
 use std::time::Duration;
 
 use crate::fault::Fault;
 
-/// Why an attempt brought no more bytes.
+/// The reason why an attempt brought no more bytes.
 pub enum Failure {
     /// A retry can help.
     Retry {
-        /// Why the attempt failed.
+        /// The reason why the attempt failed.
         cause: String,
         /// The earliest time for a retry, if the server named one.
         after: Option<Duration>,

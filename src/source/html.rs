@@ -4,8 +4,8 @@
 /// Most characters of a title in a message.
 const TITLE_CHARS_MAX: usize = 80;
 
-/// Whether a body that begins with `first_bytes` is an HTML page. No data format begins with `<!doctype html` or
-/// `<html`.
+/// Returns whether a body that begins with `first_bytes` is an HTML page. No data format begins with `<!doctype html`
+/// or `<html`.
 pub fn looks_like_html(first_bytes: &[u8]) -> bool {
     let text = first_bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(first_bytes).trim_ascii_start();
     ["<!doctype html", "<html", "<head", "<body"]

@@ -88,12 +88,12 @@ impl Validators {
         etag.or(self.last_modified.as_deref().filter(|_| self.last_modified_is_strong))
     }
 
-    /// Whether the server gave no validator.
+    /// Returns whether the server gave no validator.
     pub fn is_empty(&self) -> bool {
         self.etag.is_none() && self.last_modified.is_none()
     }
 
-    /// Whether both name a version and the versions differ.
+    /// Returns whether both name a version and the versions differ.
     fn contradicts(&self, other: &Validators) -> bool {
         let differ = |a: &Option<String>, b: &Option<String>| matches!((a, b), (Some(a), Some(b)) if a != b);
         differ(&self.etag, &other.etag) || differ(&self.last_modified, &other.last_modified)

@@ -41,7 +41,7 @@ impl Hub {
         Ok(Hub { endpoint, authorization })
     }
 
-    /// Whether a URL has the hub's origin.
+    /// Returns whether a URL has the hub's origin.
     pub fn owns(&self, url: &Url) -> bool {
         url.origin() == self.endpoint.origin()
     }

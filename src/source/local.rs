@@ -157,7 +157,7 @@ pub fn matching<T>(files: Vec<T>, pattern: &str, name: impl Fn(&T) -> String) ->
     }
 }
 
-/// Whether the name has one of the endings, compressed or not, and is not a file about a dataset.
+/// Returns whether the name has one of the endings, compressed or not, and is not a file about a dataset.
 fn ends_with(file: &Path, endings: &[&str]) -> bool {
     let Some(name) = file.file_name().and_then(OsStr::to_str).map(str::to_ascii_lowercase) else {
         return false;
@@ -213,7 +213,7 @@ fn walk(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// Whether a file is hidden: `.hidden`, and Spark's `_SUCCESS`, `_temporary`, `_metadata`.
+/// Returns whether a file is hidden: `.hidden`, and Spark's `_SUCCESS`, `_temporary`, `_metadata`.
 fn is_hidden(path: &Path) -> bool {
     path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with(['.', '_']))
 }

@@ -116,7 +116,7 @@ pub fn upload(
     on_network(scheme::upload(url, files, options, report))
 }
 
-/// Whether an address is an object store's.
+/// Returns whether an address is an object store's.
 pub fn is_object_store(url: &url::Url) -> bool {
     scheme::of(url).is_some()
 }

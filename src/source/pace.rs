@@ -25,7 +25,7 @@ impl Speed {
         (self.least as f64 * self.window.as_secs_f64()) as u64
     }
 
-    /// Whether an attempt of this duration brought too little to count as progress.
+    /// Returns whether an attempt of this duration brought too little to count as progress.
     pub fn is_stalled(&self, bytes: u64, time: Duration) -> bool {
         time >= self.window && bytes < self.window_bytes()
     }

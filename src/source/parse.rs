@@ -54,7 +54,7 @@ impl fmt::Debug for Source {
     }
 }
 
-/// Whether `text` is a SHA-256 in lower-case hex. Nothing else may become a file name of the cache.
+/// Returns whether `text` is a SHA-256 in lower-case hex. Nothing else may become a file name of the cache.
 pub(super) fn is_sha256(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }

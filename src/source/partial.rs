@@ -71,7 +71,7 @@ impl Partial {
         &self.version.validators
     }
 
-    /// Whether the length is known and all bytes are here.
+    /// Returns whether the length is known and all bytes are here.
     pub fn is_whole(&self) -> bool {
         self.bytes > 0 && self.version.total == Some(self.bytes)
     }

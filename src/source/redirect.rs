@@ -26,7 +26,7 @@ fn redirect(attempt: redirect::Attempt) -> redirect::Action {
     }
 }
 
-/// Why a redirect is not followed.
+/// The reason why a redirect is not followed.
 #[derive(Debug, thiserror::Error)]
 pub enum Redirect {
     /// A longer chain than `REDIRECTS_MAX`.

@@ -25,7 +25,7 @@ const PIECE_BYTES: u64 = 128 << 10;
 /// A body that is sent more slowly counts as stalled.
 const BYTES_PER_SECOND_MIN: u64 = 50_000;
 const PAUSE_MAX: Duration = Duration::from_secs(30);
-/// How often a pause looks for a signal.
+/// The interval at which a pause looks for a signal.
 const LOOK: Duration = Duration::from_millis(50);
 /// LIMIT: the longest wait that a server may ask for.
 const WAIT_MAX: Duration = Duration::from_secs(120);
@@ -91,7 +91,7 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// Whether the request succeeded.
+    /// Returns whether the request succeeded.
     pub fn is_success(&self) -> bool {
         (200..300).contains(&self.status)
     }
@@ -108,7 +108,7 @@ impl Answer {
     }
 }
 
-/// Why an attempt gave no answer that counts, and how long the server asks to wait.
+/// The reason why an attempt gave no answer that counts, and how long the server asks to wait.
 type Attempted = std::result::Result<Answer, (String, Option<Duration>)>;
 
 impl Sender {

@@ -72,7 +72,7 @@ impl Statement {
         found.into_iter().map(|(_, statement)| statement).min_by_key(|statement| statement.algorithm as u8)
     }
 
-    /// Whether content has this digest.
+    /// Returns whether content has this digest.
     pub fn holds(&self, mut content: impl Read) -> io::Result<bool> {
         let found = match self.algorithm {
             Algorithm::Sha256 => hashed::<Sha256>(&mut content)?,

@@ -127,7 +127,7 @@ impl ServerCertVerifier for Trust {
     }
 }
 
-/// Whether the error is webpki's for an authority used as a server. rustls has no name of its own for it.
+/// Returns whether the error is webpki's for an authority used as a server. rustls has no name of its own for it.
 fn is_authority_as_server(error: &rustls::Error) -> bool {
     match error {
         rustls::Error::InvalidCertificate(CertificateError::Other(other)) => {

@@ -254,7 +254,8 @@ fn accept(key: &'static Key, node: &Node) -> std::result::Result<Value, yaml::Re
     Ok(value)
 }
 
-/// Whether the value of a refused key is null or empty. Templates use such values to say that the key is not used.
+/// Returns whether the value of a refused key is null or empty. Templates use such values to say that the key is not
+/// used.
 fn says_nothing(value: &Value) -> bool {
     match value {
         Value::Null => true,

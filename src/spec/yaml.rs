@@ -67,7 +67,7 @@ pub struct Entry {
     pub node: Node,
 }
 
-/// Why a text cannot be used, and where.
+/// The reason why a text cannot be used, and where.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Refusal {
     /// The place of the error.
@@ -77,7 +77,7 @@ pub struct Refusal {
 }
 
 impl Node {
-    /// Whether the value is empty, `null`, `~`, or Python's `None`.
+    /// Returns whether the value is empty, `null`, `~`, or Python's `None`.
     pub fn is_null(&self) -> bool {
         match &self.content {
             Content::Scalar { text, style: Style::Plain } => {

@@ -175,7 +175,7 @@ impl Trainer<'_> {
         Ok(Some(Evaluation::of(found)))
     }
 
-    /// Whether an evaluation is due after `done` steps.
+    /// Returns whether an evaluation is due after `done` steps.
     pub(super) fn evaluates_after(&self, done: u64) -> bool {
         if self.data.evaluation.iter().all(|source| source.examples.is_empty()) {
             return false;

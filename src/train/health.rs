@@ -18,7 +18,7 @@ const CONSTANT_STEPS: u64 = 32;
 const MOMENT_NORM_MAX: f64 = 1.8e19;
 
 impl Trainer<'_> {
-    /// Why this step must be skipped, if it must. All steps before it are settled.
+    /// Returns the reason why this step must be skipped, if it must. All steps before it are settled.
     pub(super) fn spike_to_skip(
         &self,
         losses: &[Number],

@@ -88,7 +88,7 @@ impl Steps {
             .collect()
     }
 
-    /// Whether something that happens `every` so often happens after `done` steps. The clock is the trainer's.
+    /// Returns whether something that happens `every` so often happens after `done` steps. The clock is the trainer's.
     pub fn due(&self, every: Every, done: u64) -> bool {
         match every {
             Every::Never | Every::Best | Every::Minutes(_) => false,
@@ -139,7 +139,7 @@ fn grouped<'a>(
     })
 }
 
-/// How many tokens a pass has.
+/// The number of tokens of a pass.
 #[derive(Clone, Copy, Debug)]
 pub struct Rows {
     /// Most tokens of a packed pass; `None`: a pass is a micro-batch.

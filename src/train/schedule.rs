@@ -79,7 +79,7 @@ pub struct Stages {
     pub cycles: f64,
 }
 
-/// How a stage goes from one rate to another.
+/// The curve by which a stage goes from one rate to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shape {
     /// A straight line.

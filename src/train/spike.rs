@@ -43,7 +43,7 @@ pub struct History {
 }
 
 impl History {
-    /// Why a step is a spike; `None` if it is none.
+    /// Returns the reason why a step is a spike; `None` if it is none.
     pub fn spike(&self, rule: &Spikes, loss: f64, norm: f64) -> Option<String> {
         let exceeds = |name: &str, value: f64, before: &[f64]| {
             if !value.is_finite() {

@@ -95,7 +95,7 @@ struct Sent {
     scale: f64,
     tokens: u64,
     learning_rate: f64,
-    /// Why the step was skipped, if it was.
+    /// The reason why the step was skipped, if it was.
     spike: Option<String>,
 }
 
@@ -525,7 +525,7 @@ impl<'a> Trainer<'a> {
         self.after_step(step, checkpoints, log)
     }
 
-    /// Whether an evaluation, a checkpoint or the end needs the parameters as they are after `done` steps.
+    /// Returns whether an evaluation, a checkpoint or the end needs the parameters as they are after `done` steps.
     fn waits_after(&self, done: u64) -> bool {
         let evaluates = self.evaluates_after(done);
         // The next step is compared with all steps before it.

@@ -158,8 +158,8 @@ fn fits(
     }
 }
 
-/// What the container has in the host's memory: on a CPU the whole training, on a GPU the weights while they pass
-/// through.
+/// The content of the host's memory that the container needs: on a CPU the whole training, on a GPU the weights while
+/// they pass through.
 fn host_bytes(task: Option<&Task>, on_gpu: bool) -> f64 {
     let Some(task) = task else { return 2.0 * HOST_BYTES };
     match on_gpu {
@@ -182,7 +182,7 @@ fn host_bytes(task: Option<&Task>, on_gpu: bool) -> f64 {
     }
 }
 
-/// What lies on the node's disk: weights, data and tokens unless a claim keeps them, checkpoints and the adapter
+/// The content of the node's disk: weights, data and tokens unless a claim keeps them, checkpoints and the adapter
 /// likewise.
 fn disk_bytes(task: Option<&Task>, run: &Run, options: &Options) -> f64 {
     let weights = task.map_or(UNKNOWN_WEIGHTS_BYTES, |task| 2.0 * 1.05 * task.facts.parameters() as f64);

@@ -43,7 +43,7 @@ pub fn nodes(workspace: &Workspace) -> i32 {
     workspace.resource.count.unwrap_or(1).max(1)
 }
 
-/// Whether a Workspace trains on more than one node.
+/// Returns whether a Workspace trains on more than one node.
 pub fn is_set(workspace: &Workspace) -> bool {
     workspace.tuning.is_some() && nodes(workspace) > 1
 }

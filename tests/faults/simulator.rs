@@ -244,7 +244,7 @@ impl World {
         command
     }
 
-    /// Whether servers misbehave from now on.
+    /// Returns whether servers misbehave from now on.
     fn disturb(&self, one_of: u64) {
         host().disturbed.lock().unwrap().entry(self.seed).or_default().0 = one_of;
         if let Some(registry) = &self.registry {
@@ -357,8 +357,8 @@ fn expected(route: Route) -> Arc<Expected> {
     expected
 }
 
-/// Whether a message's code is that of a process, `None` if it was killed. It may have been killed on its way out,
-/// when it had said why already.
+/// Returns whether a message's code is that of a process, `None` if it was killed. It may have been killed on its way
+/// out, when it had said why already.
 fn fits(told: &Value, code: Option<i32>) -> bool {
     match code {
         Some(code) => *told == code,
@@ -366,8 +366,14 @@ fn fits(told: &Value, code: Option<i32>) -> bool {
     }
 }
 
-/// Whether the end of a disturbed process is one of those that the fault allows.
-fn judge_end(world: &World, trouble: &Trouble, code: Option<i32>, log: &str) -> Result<(), String> {
+/// Returns whether the end of a disturbed process is one of those that the fault allows. `is_done` says whether the
+/// adapter and the image are there as an undisturbed run leaves them.
+fn judge_end(
+    world: &World,
+    trouble: &Trouble,
+    (code, log): (Option<i32>, &str),
+    is_done: impl FnOnce() -> bool,
+) -> Result<(), String> {
     let kind = trouble.disk.map_or("", |(kind, _)| kind);
     let killed = ["kill", "after", "half"].contains(&kind);
     // The first calls come before the program listens to signals.
@@ -385,6 +391,11 @@ fn judge_end(world: &World, trouble: &Trouble, code: Option<i32>, log: &str) -> 
     match message {
         None if code.is_none() || disk_fails => Ok(()),
         None => Err(format!("it ended with {code:?} and left no last word\n{log}")),
+        // The process was killed after its last word. It says success only if everything is there.
+        Some(message) if code.is_none() && message["code"] == 0 => match is_done() {
+            true => Ok(()),
+            false => Err(format!("it says success too early\n{log}")),
+        },
         // On a failing disk, the message that was written ahead may stay.
         Some(message) if disk_fails && message["code"] == 137 => Ok(()),
         Some(message) if message["retry_helps"] == true && fits(&message["code"], code) => Ok(()),
@@ -411,7 +422,7 @@ fn simulate(seed: u64, scenario: &Scenario) -> Result<(), String> {
         command.env("FAULT_CLOCK", clock.to_string()).env("FAULT_JUMP", jump.to_string());
         let (code, log) = world.end(&mut command)?;
         shown(&log)?;
-        judge_end(&world, trouble, code, &log)?;
+        judge_end(&world, trouble, (code, &log), || world.results().is_some_and(|found| same(&found)))?;
         // A file that has its final name is whole.
         let adapter = std::fs::read(world.work.path("out/adapter_model.safetensors"));
         if adapter.is_ok_and(|adapter| adapter != expected.adapter) {

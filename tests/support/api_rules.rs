@@ -23,7 +23,7 @@ pub fn is_over(job: &Value) -> bool {
 pub const WITHOUT_GENERATION: [&str; 6] =
     ["configmaps", "services", "secrets", "events", "leases", "controllerrevisions"];
 
-/// Whether the roles that `hone controller` is installed with, and those of its webhook, allow a request.
+/// Returns whether the roles that `hone controller` is installed with, and those of its webhook, allow a request.
 pub fn is_allowed(namespace: &str, group: &str, resource: &str, name: &str, verb: &str) -> bool {
     static ROLES: std::sync::OnceLock<Vec<Value>> = std::sync::OnceLock::new();
     let roles = ROLES.get_or_init(|| {
@@ -84,7 +84,7 @@ pub fn defaults(plural: &str, object: &mut Value) {
     }
 }
 
-/// Whether a request is one at all.
+/// Returns whether a request is one at all.
 pub fn form(
     method: &Method,
     kind: &str,

@@ -761,7 +761,7 @@ fn list(state: &State, asked: &Asked) -> Response<Body> {
 }
 
 impl Asked {
-    /// Whether the controller's own roles allow the request; an apply that creates needs both rights.
+    /// Returns whether the controller's own roles allow the request; an apply that creates needs both rights.
     fn is_allowed(&self, path: &str, verb: &str, applies: bool, state: &State) -> Result<(), String> {
         let group = match path.split('/').collect::<Vec<_>>().as_slice() {
             ["", "apis", group, ..] => *group,

@@ -63,7 +63,7 @@ pub(super) struct Shape {
     nulls: u64,
     /// Whether there are whole numbers and others.
     widened: bool,
-    /// Why there is no common type.
+    /// The reason why there is no common type.
     mixed: Option<String>,
 }
 
@@ -175,7 +175,7 @@ impl Shape {
         }
     }
 
-    /// Whether structs of this shape return every value as it was written.
+    /// Returns whether structs of this shape return every value as it was written.
     fn is_exact(&self) -> bool {
         self.mixed.is_none()
             && !self.widened
@@ -192,7 +192,7 @@ impl Shape {
             }
     }
 
-    /// Whether the field is stored as JSON text.
+    /// Returns whether the field is stored as JSON text.
     fn is_json(&self, name: &str) -> bool {
         let nested = matches!(self.kind, Kind::Object(_) | Kind::List(_));
         self.mixed.is_some() || (FREE.contains(&name) && nested && !self.without_own_nulls().is_exact())

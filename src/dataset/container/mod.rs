@@ -173,7 +173,7 @@ fn leading_text(head: &[u8]) -> String {
     text.trim_start_matches(['\u{feff}', ' ', '\t', '\r', '\n']).to_owned()
 }
 
-/// Whether a head is plain text that is neither a web page nor a pointer.
+/// Returns whether a head is plain text that is neither a web page nor a pointer.
 fn is_plain(text: &str) -> bool {
     let lower = text.to_lowercase();
     let foreign = ["<!doctype html", "<html", "<?xml", "<error", "version https://git-lfs"];

@@ -167,7 +167,7 @@ fn page(thrift: &mut Thrift) -> Result<Page, Bad> {
     Ok(page)
 }
 
-/// Why a header cannot be read.
+/// The reason why a header cannot be read.
 pub(super) enum Bad {
     /// The bytes end inside the header.
     Short,

@@ -93,7 +93,7 @@ impl Rows for Objects {
     }
 }
 
-/// Whether the first line with text on it is a whole JSON value: else a value takes several lines.
+/// Returns whether the first line with text on it is a whole JSON value: else a value takes several lines.
 pub(super) fn first_line_is_whole(input: &Input) -> Result<bool> {
     let mut whole = true;
     let mut first = |piece: Piece| {

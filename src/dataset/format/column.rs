@@ -6,7 +6,7 @@ use arrow::compute::{CastOptions, cast_with_options};
 use arrow::datatypes::{DataType, Field};
 use std::sync::Arc;
 
-/// Whether a type holds text: any kind of string, bytes, or a dictionary of them.
+/// Returns whether a type holds text: any kind of string, bytes, or a dictionary of them.
 pub fn is_string(kind: &DataType) -> bool {
     use DataType::*;
     match kind {

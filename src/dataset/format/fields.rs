@@ -85,7 +85,7 @@ pub fn take(
     Ok(())
 }
 
-/// Whether a value is null, or an empty value that exporters write instead of null.
+/// Returns whether a value is null, or an empty value that exporters write instead of null.
 fn is_nothing(value: &Value) -> bool {
     match value {
         Value::Null => true,

@@ -136,7 +136,7 @@ fn put_content(message: &mut Message, said: Value, reading: &mut Reading) -> std
     Ok(())
 }
 
-/// Whether a value is a part of a content: `{type: text, text}`, or a bare text.
+/// Returns whether a value is a part of a content: `{type: text, text}`, or a bare text.
 fn is_part(value: &Value) -> bool {
     value.is_string() || value.get("type").is_some_and(Value::is_string) || value.get("text").is_some()
 }

@@ -57,7 +57,7 @@ pub fn known() -> String {
     words.join(", ")
 }
 
-/// Whether a speaker's text is a call of a function.
+/// Returns whether a speaker's text is a call of a function.
 pub fn is_caller(speaker: &str) -> bool {
     speaker.trim().eq_ignore_ascii_case(CALLER)
 }

@@ -107,7 +107,8 @@ pub(super) fn spaces(token: &str) -> (u16, u16) {
     )
 }
 
-/// Whether the model is BPE over bytes, without chance, marks of words or a form for bytes that it does not know.
+/// Returns whether the model is BPE over bytes, without chance, marks of words or a form for bytes that it does not
+/// know.
 fn plain_bpe(model: &ModelWrapper) -> bool {
     let ModelWrapper::BPE(bpe) = model else { return false };
     let is_empty = |text: &Option<String>| text.as_deref().unwrap_or_default().is_empty();

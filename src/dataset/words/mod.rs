@@ -211,7 +211,7 @@ fn place(text: &str, base: usize, part: &Part, each: &mut dyn FnMut(&Part, usize
     each(part, from, to);
 }
 
-/// Whether NFC would surely leave a text as it is.
+/// Returns whether NFC would surely leave a text as it is.
 fn is_composed(text: &str) -> bool {
     text.is_ascii() || is_nfc_quick(text.chars()) == IsNormalized::Yes
 }

@@ -52,7 +52,7 @@ impl SentencePiece {
         Some(SentencePiece { prefix, breaks_alone })
     }
 
-    /// Whether a part of a text gets a mark before it.
+    /// Returns whether a part of a text gets a mark before it.
     pub fn is_prefixed(&self, part: &str, is_at_start: bool) -> bool {
         match self.prefix {
             Prefix::Never => false,
@@ -104,7 +104,7 @@ pub(super) fn parts(model: &ModelWrapper, piece: &str, is_prefixed: bool) -> Opt
     model.tokenize(&marked).ok()?.into_iter().map(part).collect()
 }
 
-/// Whether the model is BPE that has a token for each byte, so that no character is unknown.
+/// Returns whether the model is BPE that has a token for each byte, so that no character is unknown.
 fn whole_bpe(model: &ModelWrapper) -> bool {
     let ModelWrapper::BPE(bpe) = model else { return false };
     let is_empty = |text: &Option<String>| text.as_deref().unwrap_or_default().is_empty();

@@ -84,8 +84,8 @@ fn part(part: &Json) -> Part {
     }
 }
 
-/// What llama.cpp does not do to a text before it divides it. Error: a normalizer that changes more than the form
-/// of composed letters.
+/// The changes to a text that llama.cpp does not make before it divides it. Error: a normalizer that changes more than
+/// the form of composed letters.
 pub fn normalizer(tokenizer: &Json, pieces: bool) -> Result<Option<String>, String> {
     let normalizer = &tokenizer["normalizer"];
     let parts: Vec<&Json> = match normalizer["normalizers"].as_array() {

@@ -195,7 +195,7 @@ fn scores(tokens: &[String], merges: &[(String, String)]) -> Vec<f32> {
     tokens.iter().map(score).collect()
 }
 
-/// Whether a text gets a blank in front of it.
+/// Returns whether a text gets a blank in front of it.
 fn prefixed(tokenizer: &Json) -> bool {
     let has = |part: &Json| {
         part["type"] == "Prepend" || (part["type"] == "Metaspace" && part["prepend_scheme"] != "never")

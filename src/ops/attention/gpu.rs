@@ -135,9 +135,9 @@ pub(super) fn forward_tiles(
     Ok(lse)
 }
 
-/// Whether the forward pass loads the next keys and values while it computes. Two blocks must still fit on a processor,
-/// whose shared memory is what one block may have and a KiB of the driver's for each block. At 128 columns its threads
-/// would spill registers.
+/// Returns whether the forward pass loads the next keys and values while it computes. Two blocks must still fit on a
+/// processor, whose shared memory is what one block may have and a KiB of the driver's for each block. At 128 columns
+/// its threads would spill registers.
 fn is_staged(dtype: DType, width: usize, shared: usize, shared_max: usize) -> bool {
     const RESERVED: usize = 1 << 10;
     let fits = 2 * (shared + RESERVED) <= shared_max + RESERVED;
@@ -214,7 +214,7 @@ pub(super) fn shape<'a>(launch: Launch<'a>, heads: &Heads, rows: usize, aligned:
     launch.int(aligned as usize)
 }
 
-/// Whether every head of every row begins and ends at a multiple of 16 bytes.
+/// Returns whether every head of every row begins and ends at a multiple of 16 bytes.
 fn aligned(heads: &Heads, tensors: &[&Tensor]) -> Result<bool> {
     let mut aligned = true;
     for tensor in tensors {

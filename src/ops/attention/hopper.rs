@@ -31,8 +31,8 @@ const STEP: usize = 64;
 const STAGES: usize = 2;
 /// Threads of a block: two warpgroups that compute and one that copies.
 const THREADS: usize = 384;
-/// How often a thread of the check asks a barrier before it gives up, so that a wrong count of bytes ends as wrong
-/// results and not in a kernel that never ends.
+/// The number of times that a thread of the check asks a barrier before it gives up, so that a wrong count of bytes
+/// ends as wrong results and not in a kernel that never ends.
 const PATIENCE: usize = 100_000;
 /// TOLERANCE of the check, in norm: the forward and the backward pass are within 6e-3 and 1e-2 of f64, each way.
 const TOLERANCE: f64 = 2e-2;
@@ -44,7 +44,7 @@ enum Pass {
     Backward,
 }
 
-/// Whether these kernels compute a pass for such heads in such matrices.
+/// Returns whether these kernels compute a pass for such heads in such matrices.
 fn serves(pass: Pass, heads: &Heads, matrices: &[&Tensor]) -> Result<bool> {
     let has = has_warpgroups(matrices[0].device(), heads, matrices[0].dtype(), pass == Pass::Backward);
     let mut fits = has;
@@ -119,8 +119,8 @@ pub fn prepare(device: &Device, heads: &Heads, dtype: DType) -> Option<String> {
     warning
 }
 
-/// Whether this card computes a pass for such heads by these kernels, if the rows of its matrices are whole pieces of
-/// 16 bytes. Only a card that `prepare` has checked does.
+/// Returns whether this card computes a pass for such heads by these kernels, if the rows of its matrices are whole
+/// pieces of 16 bytes. Only a card that `prepare` has checked does.
 pub fn has_warpgroups(device: &Device, heads: &Heads, dtype: DType, backward: bool) -> bool {
     let Ok(cuda) = device.as_cuda_device() else { return false };
     let context = cuda.cuda_stream().context().cu_ctx() as usize;

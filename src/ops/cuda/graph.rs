@@ -40,7 +40,7 @@ pub fn apart() -> MutexGuard<'static, ()> {
     STREAM.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether what this thread asks of the device is recorded and not done.
+/// Returns whether what this thread asks of the device is recorded and not done.
 pub fn is_capturing() -> bool {
     CAPTURING.get()
 }
@@ -76,7 +76,7 @@ impl Graph {
         self.graph.launch().w()
     }
 
-    /// Whether the memory that its products work in is still there.
+    /// Returns whether the memory that its products work in is still there.
     fn is_whole(&self) -> bool {
         self.workspace == super::lt::workspace()
     }
@@ -140,7 +140,7 @@ impl<K: Clone + Eq + Hash> Graphs<K> {
         }
     }
 
-    /// Why there is no graph, once.
+    /// Returns the reason why there is no graph, once.
     pub fn refusal(&self) -> Option<&str> {
         self.refusal.as_deref()
     }
@@ -160,7 +160,7 @@ impl<K: Clone + Eq + Hash> Graphs<K> {
         super::device::trim_graphs(device)
     }
 
-    /// Whether there is a graph.
+    /// Returns whether there is a graph.
     pub fn is_empty(&self) -> bool {
         self.size().0 == 0
     }

@@ -29,7 +29,7 @@ pub struct Launch<'a> {
     fault: Option<candle_core::Error>,
 }
 
-/// Whether machine code of this file of `kernels` is part of the binary.
+/// Returns whether machine code of this file of `kernels` is part of the binary.
 pub fn is_built(stem: &str) -> bool {
     FATBINS.iter().any(|(file, image)| *file == stem && !image.is_empty())
 }

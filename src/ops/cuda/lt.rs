@@ -150,7 +150,7 @@ pub(super) unsafe fn multiply(
     }
 }
 
-/// Whether the library does not take a shape, so that another way must be found.
+/// Returns whether the library does not take a shape, so that another way must be found.
 fn is_refusal(CublasError(status): CublasError) -> bool {
     use sys::cublasStatus_t::{CUBLAS_STATUS_INVALID_VALUE, CUBLAS_STATUS_NOT_SUPPORTED};
     [CUBLAS_STATUS_INVALID_VALUE, CUBLAS_STATUS_NOT_SUPPORTED].contains(&status)

@@ -24,7 +24,7 @@ pub static KERNEL: Kernel = Kernel {
     store: avx512::store,
 };
 
-/// Whether the processor has tiles and the operating system's kernel lets this process use them. Asks once.
+/// Returns whether the processor has tiles and the operating system's kernel lets this process use them. Asks once.
 pub fn permitted() -> bool {
     static PERMITTED: OnceLock<bool> = OnceLock::new();
     *PERMITTED.get_or_init(|| avx512::has_bf16() && has_tiles() && ask())

@@ -18,7 +18,7 @@ pub static KERNEL: Kernel =
 /// Sixteen elements of a run, in two registers.
 type Row = [__m256; 2];
 
-/// Whether this machine can run [`KERNEL`].
+/// Returns whether this machine can run [`KERNEL`].
 pub fn available() -> bool {
     use std::arch::is_x86_feature_detected as has;
     has!("avx2") && has!("fma") && has!("f16c")

@@ -24,17 +24,17 @@ pub static BF16: Kernel = Kernel {
     store,
 };
 
-/// Whether this machine can run `F32`.
+/// Returns whether this machine can run `F32`.
 pub fn has_f32() -> bool {
     has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq")
 }
 
-/// Whether this machine can run `BF16`.
+/// Returns whether this machine can run `BF16`.
 pub fn has_bf16() -> bool {
     has_f32() && has!("avx512bf16")
 }
 
-/// Whether `BF16` is faster than `F32`. AMD multiplies pairs at twice the rate of f32; Intel (Sapphire Rapids,
+/// Returns whether `BF16` is faster than `F32`. AMD multiplies pairs at twice the rate of f32; Intel (Sapphire Rapids,
 /// measured) at half of it.
 pub fn pairs_are_fast() -> bool {
     let vendor = __cpuid(0);

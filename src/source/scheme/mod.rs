@@ -58,7 +58,7 @@ pub(super) fn of(url: &Url) -> Option<&'static Scheme> {
     SCHEMES.into_iter().find(|scheme| scheme.name == url.scheme())
 }
 
-/// Whether `NAME://` is the scheme of an object store.
+/// Returns whether `NAME://` is the scheme of an object store.
 pub(super) fn is_known(name: &str) -> bool {
     SCHEMES.iter().any(|scheme| scheme.name == name)
 }
@@ -217,7 +217,7 @@ fn check_endpoints(variable: &dyn Fn(&str) -> Option<String>) -> Result<()> {
     }
 }
 
-/// Why an object was not written.
+/// The reason why an object was not written.
 enum Refused {
     Ours(Fault),
     Theirs(object_store::Error),

@@ -90,7 +90,7 @@ impl Rules {
     }
 }
 
-/// Whether an address is loopback, private or link-local.
+/// Returns whether an address is loopback, private or link-local.
 fn inside(address: IpAddr) -> bool {
     match address.to_canonical() {
         IpAddr::V4(v4) => v4.is_loopback() || v4.is_private() || v4.is_link_local() || v4.is_unspecified(),

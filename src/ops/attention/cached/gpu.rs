@@ -25,7 +25,7 @@ const PIECES_MAX: usize = 65_535;
 /// A piece that is its row's only one.
 const ALONE: u32 = u32::MAX;
 
-/// What the launches of all layers read of a step's segments, copied to the device when first asked for.
+/// The parts of a step's segments that the launches of all layers read, copied to the device when first asked for.
 #[derive(Default)]
 pub struct Tables {
     /// Whether lists are filled up to few different lengths.
@@ -195,7 +195,7 @@ fn launch<'a>(qkv: &'a Tensor, store: &Store, name: &str) -> Result<Launch<'a>> 
     Launch::new(qkv, "cached", &format!("{name}_{cache}"))
 }
 
-/// Whether every head of every row begins and ends at a multiple of eight values.
+/// Returns whether every head of every row begins and ends at a multiple of eight values.
 fn aligned(heads: &Heads) -> bool {
     heads.width.is_multiple_of(8)
 }

@@ -63,12 +63,12 @@ impl Weight<'_> {
     }
 }
 
-/// Whether registers of this width read a weight as 4-bit values.
+/// Returns whether registers of this width read a weight as 4-bit values.
 pub(super) fn is_four_bit(weight: &Weight, width: usize) -> bool {
     matches!(&weight.matrix, Matrix::FourBit { weight, .. } if fits(weight, width))
 }
 
-/// Whether a row's elements are neighbours.
+/// Returns whether a row's elements are neighbours.
 fn is_along_rows(weight: &Matrix) -> bool {
     match *weight {
         Matrix::F32 { col_stride, .. } | Matrix::Bf16 { col_stride, .. } => col_stride == 1,
@@ -76,7 +76,7 @@ fn is_along_rows(weight: &Matrix) -> bool {
     }
 }
 
-/// Whether every register of a 4-bit weight lies in one row and one block, whose number is a shift away.
+/// Returns whether every register of a 4-bit weight lies in one row and one block, whose number is a shift away.
 pub(super) fn fits(weight: &FourBitView, width: usize) -> bool {
     let block = weight.block;
     weight.cols.is_multiple_of(2 * width) && block.is_multiple_of(2 * width) && block.is_power_of_two()
