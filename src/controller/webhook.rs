@@ -19,8 +19,9 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::{Api, Client};
 use rustls::ServerConfig;
+use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
 use tokio_rustls::TlsAcceptor;
 
 use super::certificates::Keeper;
@@ -227,42 +228,41 @@ impl Judge {
             Ok(Err(_)) => return Err((StatusCode::PAYLOAD_TOO_LARGE, "the body is too large".into())),
             Err(_) => return Err((StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time".into())),
         };
-        self.review(&body).await
+        self.review(body).await
     }
 
-    /// The answer to one AdmissionReview, which waits for its turn.
-    async fn review(&self, body: &[u8]) -> std::result::Result<Value, (StatusCode, String)> {
-        let wrong = |why: String| (StatusCode::BAD_REQUEST, why);
-        let _turn = self.turns.acquire().await.expect("never closed");
-        let review: Value =
-            serde_json::from_slice(body).map_err(|error| wrong(format!("no AdmissionReview: {error}")))?;
-        let asked = &review["request"];
-        let Some(uid) = asked["uid"].as_str() else { return Err(wrong("request.uid is missing".into())) };
-        let response = match self.judge(asked).await {
-            Verdict::Allowed(warnings) => json!({"uid": uid, "allowed": true, "warnings": warnings}),
+    /// The answer to one AdmissionReview. It waits for a turn to be read and for another one to be judged. It has none
+    /// while its ConfigMap is asked for, so that an API server that answers late delays no other review.
+    async fn review(&self, body: Bytes) -> std::result::Result<Value, (StatusCode, String)> {
+        let asked = {
+            let _turn = self.turn().await;
+            Question::read(body).map_err(|why| (StatusCode::BAD_REQUEST, why))?
+        };
+        let response = match self.judge(asked.old, asked.new).await {
+            Verdict::Allowed(warnings) => json!({"uid": asked.uid, "allowed": true, "warnings": warnings}),
             Verdict::Refused(why) => json!({
-                "uid": uid, "allowed": false,
+                "uid": asked.uid, "allowed": false,
                 "status": {"code": 422, "reason": "Invalid", "message": why},
             }),
         };
         Ok(json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": response}))
     }
 
-    async fn judge(&self, asked: &Value) -> Verdict {
-        let read = |object: &Value| serde_json::from_value::<Workspace>(object.clone());
-        let mut new = match read(&asked["object"]) {
+    async fn turn(&self) -> SemaphorePermit<'_> {
+        self.turns.acquire().await.expect("never closed")
+    }
+
+    async fn judge(&self, old: Option<Workspace>, new: std::result::Result<Workspace, String>) -> Verdict {
+        let new = match new {
             Ok(new) => new,
             Err(error) => return Verdict::Allowed(vec![short(&format!("hone cannot read it: {error}"))]),
         };
-        // On creation the API server may name the namespace beside the object only.
-        let namespace = asked["namespace"].as_str().map(str::to_owned);
-        new.metadata.namespace = new.metadata.namespace.or(namespace);
-        let old = read(&asked["oldObject"]).ok().filter(|_| asked["operation"] == "UPDATE");
         if *self.kaito.borrow() {
             return Verdict::Allowed(Vec::new());
         }
         let config = self.config(&new).await;
         let settings = self.settings.clone();
+        let _turn = self.turn().await;
         // A large model's plan takes milliseconds of one core; other reviews go on meanwhile.
         let judged =
             tokio::task::spawn_blocking(move || judge(old.as_ref(), &new, config.as_ref(), &settings)).await;
@@ -279,6 +279,34 @@ impl Judge {
         }
         let api = Api::<ConfigMap>::namespaced(self.client.clone(), workspace.namespace());
         in_time(CONFIG_MAX, api.get_opt(&name)).await.ok().flatten()
+    }
+}
+
+/// The question of one AdmissionReview.
+struct Question {
+    uid: String,
+    /// The Workspace before an update.
+    old: Option<Workspace>,
+    /// The Workspace that is to be stored. Error: hone cannot read it.
+    new: std::result::Result<Workspace, String>,
+}
+
+impl Question {
+    /// Error: the body is no AdmissionReview.
+    fn read(body: Bytes) -> std::result::Result<Question, String> {
+        let review: Value =
+            serde_json::from_slice(&body).map_err(|error| format!("no AdmissionReview: {error}"))?;
+        let asked = &review["request"];
+        let uid = asked["uid"].as_str().ok_or("request.uid is missing")?.to_owned();
+        let read = |object: &Value| Workspace::deserialize(object).map_err(|error| error.to_string());
+        // On creation the API server may name the namespace beside the object only.
+        let namespace = asked["namespace"].as_str();
+        let new = read(&asked["object"]).map(|mut new| {
+            new.metadata.namespace = new.metadata.namespace.or_else(|| namespace.map(str::to_owned));
+            new
+        });
+        let old = read(&asked["oldObject"]).ok().filter(|_| asked["operation"] == "UPDATE");
+        Ok(Question { uid, old, new })
     }
 }
 
@@ -539,58 +567,80 @@ mod tests {
         );
     }
 
-    /// An API server that answers none before three are there and a fourth had time to come. Returns its address
-    /// and the most requests that were there at once.
-    fn slow_server() -> (std::net::SocketAddr, Arc<Mutex<(usize, usize)>>) {
-        use std::io::{Read, Write};
+    /// A judge whose API server takes requests and answers each with 404 once `answers` is true, and the number of
+    /// requests that it took.
+    fn beside_slow_server(answers: &watch::Sender<bool>) -> (Arc<Judge>, watch::Receiver<usize>) {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let counts = Arc::new(Mutex::new((0, 0)));
-        let seen = counts.clone();
-        std::thread::spawn(move || {
-            for mut stream in listener.incoming().flatten() {
-                let counts = seen.clone();
-                std::thread::spawn(move || {
-                    let _ = stream.read(&mut [0; 4096]);
-                    let update = |by: &dyn Fn(&mut (usize, usize))| by(&mut locked(&counts));
-                    update(&|(now, most)| (*now, *most) = (*now + 1, (*now + 1).max(*most)));
-                    let pause = Duration::from_millis(20);
-                    (0..50).take_while(|_| locked(&counts).1 < 3).for_each(|_| std::thread::sleep(pause));
-                    std::thread::sleep(4 * pause);
-                    update(&|(now, _)| *now -= 1);
-                    let _ = stream.write_all(
-                        b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
-                    );
+        listener.set_nonblocking(true).unwrap();
+        let config = kube::Config::new(format!("http://{}", listener.local_addr().unwrap()).parse().unwrap());
+        let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+        let (taken, seen) = watch::channel(0);
+        let taken = Arc::new(taken);
+        let answers = answers.subscribe();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let (taken, mut answers) = (taken.clone(), answers.clone());
+                tokio::spawn(async move {
+                    let _ = stream.read(&mut [0; 4096]).await;
+                    taken.send_modify(|count| *count += 1);
+                    let _ = answers.wait_for(|answers| *answers).await;
+                    let absent = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+                    let _ = stream.write_all(absent).await;
                 });
             }
         });
-        (address, counts)
+        let kaito = watch::Sender::new(false).subscribe();
+        let client = Client::try_from(config).unwrap();
+        (Arc::new(Judge::new(client, Settings::default(), kaito)), seen)
     }
 
-    #[test]
-    fn three_reviews_are_judged_at_a_time_and_the_others_wait() {
-        let (address, counts) = slow_server();
-        let runtime = tokio::runtime::Runtime::new().unwrap();
-        let answers = runtime.block_on(async {
-            let config = kube::Config::new(format!("http://{address}").parse().unwrap());
-            let kaito = watch::Sender::new(false);
-            let client = Client::try_from(config).unwrap();
-            let judge = Arc::new(Judge::new(client, Settings::default(), kaito.subscribe()));
-            let object = workspace(&json!({"tuning": {"config": "c"}}));
-            let review = json!({"request": {"uid": "u", "operation": "CREATE", "object": object}});
-            let body = review.to_string().into_bytes();
-            let ask = || {
-                let (judge, body) = (judge.clone(), body.clone());
-                tokio::spawn(async move { judge.review(&body).await })
-            };
-            let asked: Vec<_> = (0..8).map(|_| ask()).collect();
-            let mut answers = Vec::new();
-            for answer in asked {
-                answers.push(answer.await.unwrap().unwrap());
+    /// The review of a Workspace with a ConfigMap.
+    fn configured() -> Bytes {
+        let object = workspace(&json!({"tuning": {"config": "c"}}));
+        json!({"request": {"uid": "u", "operation": "CREATE", "object": object}}).to_string().into()
+    }
+
+    #[tokio::test]
+    async fn reviews_wait_for_a_turn_to_be_read_and_to_be_judged() {
+        let answers = watch::Sender::new(false);
+        let (judge, mut taken) = beside_slow_server(&answers);
+        let all = judge.turns.acquire_many(JUDGED_MAX as u32).await.unwrap();
+        let ours = judge.clone();
+        let review = tokio::spawn(async move { ours.review(configured()).await });
+        let waits = async || {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            !review.is_finished()
+        };
+        assert!(waits().await && *taken.borrow() == 0, "it is read without a turn");
+        drop(all);
+        taken.wait_for(|count| *count == 1).await.unwrap();
+        let all = judge.turns.acquire_many(JUDGED_MAX as u32).await.unwrap();
+        answers.send_replace(true);
+        assert!(waits().await, "it is judged without a turn");
+        drop(all);
+        let answer = review.await.unwrap().unwrap();
+        assert_eq!(answer["response"]["allowed"], true, "{answer}");
+    }
+
+    /// The API server waits 5 s for a review.
+    #[tokio::test]
+    async fn an_api_server_that_answers_no_question_delays_many_reviews_no_more_than_one() {
+        let answers = watch::Sender::new(false);
+        let (judge, taken) = beside_slow_server(&answers);
+        let reviews: Vec<_> = (0..24)
+            .map(|_| {
+                let judge = judge.clone();
+                tokio::spawn(async move { judge.review(configured()).await })
+            })
+            .collect();
+        let all = async {
+            for review in reviews {
+                let answer = review.await.unwrap().unwrap();
+                assert_eq!(answer["response"]["allowed"], true, "{answer}");
             }
-            answers
-        });
-        assert!(answers.iter().all(|answer| answer["response"]["allowed"] == true), "{answers:?}");
-        assert_eq!(*locked(&counts), (0, 3));
+        };
+        tokio::time::timeout(Duration::from_secs(5), all).await.expect("an answer in time");
+        assert_eq!(*taken.borrow(), 24);
     }
 }
