@@ -7,7 +7,7 @@ use serde_json::json;
 use super::batch::Batch;
 use super::inside;
 use super::judge::{Case, batch, cases, decoder_on};
-use super::recorded::Recorder;
+use super::recorded::{Recorder, TrainingPass};
 use crate::facts::{Facts, Keep, Quantization};
 use crate::ops::{cpu, cuda, flat, judge, starve};
 
@@ -115,8 +115,10 @@ fn graphs_have_the_bits_of_their_passes() -> Result<()> {
                 flat::zero(&adapter.grads)?;
                 let pass = |(at, batch): (usize, &Batch)| {
                     let scale = 0.5 / (at + 1) as f64;
+                    let pass =
+                        TrainingPass { decoder: &decoder, adapter: &adapter, keep: &keep, batch, scale };
                     match filled {
-                        true => recorder.pass(&decoder, &adapter, &keep, batch, scale, None),
+                        true => recorder.pass(pass, None),
                         false => decoder.forward_backward(&adapter, &keep, batch, scale),
                     }
                 };
@@ -154,9 +156,10 @@ fn a_pass_that_cannot_be_recorded_goes_launch_by_launch() -> Result<()> {
     let (decoder, adapter) = decoder_on(&cases()[0], DType::BF16, &gpu);
     let keep = vec![Keep::Everything; decoder.layers.len()];
     let batch = &batches_of_one_shape(&decoder.facts, 0.0, 0.0)[0];
+    let one = TrainingPass { decoder: &decoder, adapter: &adapter, keep: &keep, batch, scale: 0.5 };
     let pass = |recorder: &mut Recorder| -> Result<(f64, Vec<f64>)> {
         flat::zero(&adapter.grads)?;
-        let loss = recorder.pass(&decoder, &adapter, &keep, batch, 0.5, None)?.value()?;
+        let loss = recorder.pass(one, None)?.value()?;
         Ok((loss, cpu::to_f64(&adapter.grads.to_device(&Device::Cpu)?)?))
     };
     let expected = pass(&mut Recorder::new(0))?;
@@ -184,7 +187,7 @@ fn a_pass_that_cannot_be_recorded_goes_launch_by_launch() -> Result<()> {
             told.push(layer);
             Ok(())
         };
-        recorder.pass(&decoder, &adapter, &keep, batch, 0.5, Some(&mut done))?;
+        recorder.pass(one, Some(&mut done))?;
     }
     assert_eq!((told, recorder.size().0), (vec![2, 1, 0, 2, 1, 0], 1));
     Ok(())

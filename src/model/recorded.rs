@@ -36,6 +36,21 @@ pub struct Recorder {
 /// The callback for each layer whose gradients are complete.
 pub type Done<'a> = &'a mut dyn FnMut(usize) -> Result<()>;
 
+/// A pass: a batch forwards and backwards through the decoder with its adapter.
+#[derive(Clone, Copy)]
+pub struct TrainingPass<'a> {
+    /// The frozen base.
+    pub decoder: &'a Decoder,
+    /// The adapter, whose gradients grow by the pass.
+    pub adapter: &'a Trainable,
+    /// The amount that each layer keeps for the backward pass.
+    pub keep: &'a [Keep],
+    /// The examples of the pass.
+    pub batch: &'a Batch,
+    /// The factor of the loss and the gradients.
+    pub scale: f64,
+}
+
 impl Recorder {
     /// No graph. They keep to so many bytes.
     pub fn new(bytes_max: u64) -> Recorder {
@@ -44,26 +59,18 @@ impl Recorder {
 
     /// `Decoder::forward_backward_by_layer`. On a GPU the batch is filled up to its shape. `done` is needed between
     /// layers only if it is there; short passes call it at their end.
-    pub fn pass(
-        &mut self,
-        decoder: &Decoder,
-        adapter: &Trainable,
-        keep: &[Keep],
-        batch: &Batch,
-        scale: f64,
-        done: Option<Done>,
-    ) -> Result<Number> {
-        if !decoder.device.is_cuda() || !Change::Steps.is_on() {
-            return plain(decoder, adapter, keep, batch, scale, done);
+    pub fn pass(&mut self, pass: TrainingPass, done: Option<Done>) -> Result<Number> {
+        if !pass.decoder.device.is_cuda() || !Change::Steps.is_on() {
+            return pass.plain(done);
         }
-        let batch = &batch.filled_up();
-        let late = done.is_none() || batch.rows() <= SHORT_ROWS;
-        if self.bytes_max == 0 || !late || !has_graph(decoder, adapter, keep) {
-            return plain(decoder, adapter, keep, batch, scale, done);
+        let pass = TrainingPass { batch: &pass.batch.filled_up(), ..pass };
+        let late = done.is_none() || pass.batch.rows() <= SHORT_ROWS;
+        if self.bytes_max == 0 || !late || !pass.has_graph() {
+            return pass.plain(done);
         }
-        let loss = self.replayed(decoder, adapter, keep, batch, scale)?;
+        let loss = self.replayed(pass)?;
         if let Some(done) = done {
-            decoder.gradients_from(adapter).rev().try_for_each(done)?;
+            pass.decoder.gradients_from(pass.adapter).rev().try_for_each(done)?;
         }
         Ok(loss)
     }
@@ -93,40 +100,29 @@ impl Recorder {
     }
 }
 
-/// The pass launch by launch.
-fn plain(
-    decoder: &Decoder,
-    adapter: &Trainable,
-    keep: &[Keep],
-    batch: &Batch,
-    scale: f64,
-    done: Option<Done>,
-) -> Result<Number> {
-    match done {
-        Some(done) => decoder.forward_backward_by_layer(adapter, keep, batch, scale, done),
-        None => decoder.forward_backward(adapter, keep, batch, scale),
+impl TrainingPass<'_> {
+    /// The pass launch by launch.
+    fn plain(self, done: Option<Done>) -> Result<Number> {
+        let TrainingPass { decoder, adapter, keep, batch, scale } = self;
+        match done {
+            Some(done) => decoder.forward_backward_by_layer(adapter, keep, batch, scale, done),
+            None => decoder.forward_backward(adapter, keep, batch, scale),
+        }
     }
-}
 
-/// Returns whether a pass's launches depend on its shape alone.
-fn has_graph(decoder: &Decoder, adapter: &Trainable, keep: &[Keep]) -> bool {
-    decoder.ring.is_none()
-        && !keep.contains(&Keep::HostInputs)
-        && !adapter.has_magnitudes()
-        && adapter.tokens.is_empty()
+    /// Returns whether the launches depend on the batch's shape alone.
+    fn has_graph(self) -> bool {
+        self.decoder.ring.is_none()
+            && !self.keep.contains(&Keep::HostInputs)
+            && !self.adapter.has_magnitudes()
+            && self.adapter.tokens.is_empty()
+    }
 }
 
 #[cfg(not(feature = "cuda"))]
 impl Recorder {
-    fn replayed(
-        &mut self,
-        decoder: &Decoder,
-        adapter: &Trainable,
-        keep: &[Keep],
-        batch: &Batch,
-        scale: f64,
-    ) -> Result<Number> {
-        plain(decoder, adapter, keep, batch, scale, None)
+    fn replayed(&mut self, pass: TrainingPass) -> Result<Number> {
+        pass.plain(None)
     }
 }
 
@@ -185,14 +181,8 @@ mod gpu {
             self.graphs.size()
         }
 
-        fn pass(
-            &mut self,
-            decoder: &Decoder,
-            adapter: &Trainable,
-            keep: &[Keep],
-            batch: &Batch,
-            scale: f64,
-        ) -> Result<Number> {
+        fn pass(&mut self, pass: TrainingPass) -> Result<Number> {
+            let TrainingPass { decoder, adapter, keep, batch, scale } = pass;
             let ((embedded, prepared), shape) = loop {
                 let prepare = || {
                     for number in [batch.label_smoothing, batch.noise].map(f64::to_bits) {
@@ -242,21 +232,15 @@ mod gpu {
     }
 
     impl Recorder {
-        pub(super) fn replayed(
-            &mut self,
-            decoder: &Decoder,
-            adapter: &Trainable,
-            keep: &[Keep],
-            batch: &Batch,
-            scale: f64,
-        ) -> Result<Number> {
+        pub(super) fn replayed(&mut self, pass: TrainingPass) -> Result<Number> {
+            let TrainingPass { decoder, adapter, keep, .. } = pass;
             let of = Of { weights: decoder.embedding.id(), params: adapter.params.id(), keep: keep.to_vec() };
             if self.recorded.as_ref().is_none_or(|recorded| recorded.of != of) {
                 self.recorded = None;
                 self.recorded = Some(Recorded::new(of, decoder, self.bytes_max)?);
             }
             let recorded = self.recorded.as_mut().expect("just made");
-            let loss = recorded.pass(decoder, adapter, keep, batch, scale);
+            let loss = recorded.pass(pass);
             // Everything that was queued by it has its own memory.
             if let Some(refusal) = recorded.graphs.refusal().map(str::to_owned) {
                 self.give_up();

@@ -13,7 +13,7 @@ use crate::fault::{Fault, Kind, Result};
 use crate::interrupt;
 use crate::model::decoder::Decoder;
 use crate::model::lora::Trainable;
-use crate::model::recorded::{Done, Recorder};
+use crate::model::recorded::{Done, Recorder, TrainingPass};
 use crate::model::residency::{Ring, Together};
 use crate::ops::dropout::mix;
 use crate::ops::number::{Number, Numbers};
@@ -406,7 +406,8 @@ impl<'a> Trainer<'a> {
             let mut begin = |layer| sums.done(layer);
             let done: Option<Done> = if is_last && !alone { Some(&mut begin) } else { None };
             let (adapter, decoder) = (self.adapter, self.decoder);
-            losses.push(self.recorder.borrow_mut().pass(decoder, adapter, &keep, batch, scale, done)?);
+            let pass = TrainingPass { decoder, adapter, keep: &keep, batch, scale };
+            losses.push(self.recorder.borrow_mut().pass(pass, done)?);
         }
         Ok(if interrupt::requested() && losses.is_empty() { None } else { Some(losses) })
     }
