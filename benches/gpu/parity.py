@@ -3,8 +3,8 @@
     parity.py --ours BINARY --folder F --out JSON     after `reference.py prepare --folder F`
 
 f32 differs by the order of sums alone. In bf16 both sides round at different places: each is compared with the reference's f32
-gradients, and hone's may be no farther from them, site by site, than the reference's own bf16. The reference has no products in
-8 bits: hone's are compared with f32.
+gradients. The sum of hone's distances over all sites may be no larger than that of the reference's own bf16, and no site may be
+much farther. The reference has no products in 8 bits: hone's are compared with f32.
 """
 import argparse
 import json
@@ -17,8 +17,11 @@ from safetensors.numpy import load_file
 # Largest relative difference of a step's loss, smallest cosine of a site's gradient in f32.
 BOUNDS = {"f32": ("float32", 1e-4), "bf16": ("bfloat16", 5e-3), "fp8": ("float32", 2e-2)}
 COSINE_MIN = 0.99999
-# How many times the reference's distance (1 - cosine) from f32 hone's bf16 may have at a site: on an H100 its worst site had 0.94 times.
-DISTANCE_MAX = 1.1
+# Largest ratio of hone's distance (1 - cosine) from f32 to the reference's, in bf16: of all sites' sums, and of one site. On an H100 the worst
+# site had 0.94. The distance of a small matrix scatters by chance: over six seeds of the shape `small` the sums had 0.80 to 0.92, and the
+# worst of 16 sites, another one for each seed, had 1.04 to 1.39.
+SUM_MAX = 1.0
+DISTANCE_MAX, DISTANCE_MAX_SMALL, VALUES_SMALL = 1.1, 1.6, 10_000
 # Smallest cosine in 8 bits: of the site in the middle, and of any.
 COSINE_MIDDLE_8_BITS, COSINE_MIN_8_BITS = 0.98, 0.9
 
@@ -36,19 +39,22 @@ def compare(folder, precision, ours, reference):
     assert found.keys() == expected.keys(), f"names differ: {sorted(found.keys() ^ expected.keys())[:4]}"
     cosines = {key: cosine(found[key], expected[key]) for key in sorted(found)}
     norms = {key: float(numpy.linalg.norm(found[key]) / max(numpy.linalg.norm(expected[key]), 1e-300)) for key in cosines}
-    # The lowest cosine that each site may have.
-    bounds = dict.fromkeys(cosines, COSINE_MIN)
+    # The lowest cosine that each site may have, and the ratio of the distances' sums.
+    bounds, sums = dict.fromkeys(cosines, COSINE_MIN), 0.0
     if precision == "bf16":
         own = load_file(os.path.join(folder, f"gradients-{name}.safetensors"))
-        bounds = {key: 1 - DISTANCE_MAX * (1 - cosine(own[key], expected[key])) for key in cosines}
+        distances = {key: 1 - cosine(own[key], expected[key]) for key in cosines}
+        most = {key: DISTANCE_MAX_SMALL if expected[key].size < VALUES_SMALL else DISTANCE_MAX for key in cosines}
+        bounds = {key: 1 - most[key] * distances[key] for key in cosines}
+        sums = sum(1 - found for found in cosines.values()) / max(sum(distances.values()), 1e-300)
     if precision == "fp8":
         bounds = dict.fromkeys(cosines, COSINE_MIN_8_BITS)
     middle = sorted(cosines.values())[len(cosines) // 2]
     worst = min(cosines, key=lambda key: cosines[key] - bounds[key])
     return {"losses": ours["losses"], "reference_losses": reference[name]["losses"], "loss_differences": differences,
             "loss_difference_max": max(differences), "loss_bound": loss_bound, "cosine_min": cosines[worst], "cosine_of": worst, "cosine_median": middle,
-            "cosine_bound": bounds[worst], "norm_ratio_min": min(norms.values()), "norm_ratio_max": max(norms.values()),
-            "good": max(differences) <= loss_bound and cosines[worst] >= bounds[worst]
+            "cosine_bound": bounds[worst], "distance_ratio": sums, "norm_ratio_min": min(norms.values()), "norm_ratio_max": max(norms.values()),
+            "good": max(differences) <= loss_bound and cosines[worst] >= bounds[worst] and sums <= SUM_MAX
                     and (precision != "fp8" or middle >= COSINE_MIDDLE_8_BITS)}
 
 
