@@ -86,9 +86,13 @@ fn group_column(reader: &mut Reader, train_share: f64) -> Option<String> {
 
 pub(super) fn token_options(reader: &mut Reader) -> TokenOptions {
     let given = reader.given(Section::TrainingArguments, "max_length").map(|given| given.value.clone());
-    let tokens_max = reader.integer(Section::TrainingArguments, "max_length") as usize;
+    let mut tokens_max = reader.integer(Section::TrainingArguments, "max_length") as usize;
+    if given == Some(Written::Null) {
+        tokens_max = TOKENS_UNLIMITED;
+        reader.show_null(Section::TrainingArguments, "max_length");
+    }
     TokenOptions {
-        tokens_max: if given == Some(Written::Null) { TOKENS_UNLIMITED } else { tokens_max },
+        tokens_max,
         loss: loss(reader),
         chat_template: chat_template(reader),
         bad_rows: bad_rows(reader),

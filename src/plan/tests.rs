@@ -374,6 +374,19 @@ fn under_kaitos_mounts_its_paths_count() {
 }
 
 #[test]
+fn a_null_shows_the_default_that_it_stands_for() {
+    let plan = Case::new().plan(&arguments("learning_rate: null, max_length: null, eval_steps: ~")).unwrap();
+    let shown = |name: &str| {
+        let value =
+            plan.values.iter().find(|value| value.name == format!("TrainingArguments.{name}")).unwrap();
+        (value.value.clone(), value.origin == Origin::Default)
+    };
+    assert_eq!(shown("learning_rate"), (plan.train.learning_rate.into(), true));
+    assert_eq!(shown("max_length"), (serde_json::Value::Null, false), "null has a meaning here");
+    assert_eq!(shown("eval_steps"), (serde_json::Value::Null, false), "there is no default");
+}
+
+#[test]
 fn choices_that_depend_on_other_keys() {
     let case = Case::new();
     let plan = |config: &str| case.plan(config).unwrap();
@@ -388,6 +401,11 @@ fn choices_that_depend_on_other_keys() {
     assert_eq!(train("eval_strategy: steps, logging_steps: 7").evaluation, Every::Steps(7));
     assert_eq!(train("warmup_steps: 0.1").warmup, Warmup::Ratio(0.1));
     assert_eq!(train("warmup_steps: 5").warmup, Warmup::Steps(5));
+    let warned = |text: &str| plan(&arguments(text)).warnings.join("\n");
+    assert!(warned("lr_scheduler_type: constant, warmup_steps: 5").contains("warmup_steps has no effect"));
+    assert!(warned("lr_scheduler_type: constant, warmup_ratio: 0.1").contains("warmup_ratio has no effect"));
+    assert!(warned("warmup_ratio: 0.1, warmup_steps: 5").contains("warmup_ratio overrides it"));
+    assert_eq!(warned("lr_scheduler_type: constant_with_warmup, warmup_steps: 5"), "");
     assert_eq!(train("warmup_steps: 5, warmup_ratio: 0.5").warmup, Warmup::Ratio(0.5));
     assert_eq!(train("max_grad_norm: 0").grad_norm_max, None);
     assert_eq!(train("max_steps: 3").steps_max, Some(3));
@@ -538,6 +556,12 @@ fn evaluations_by_share_and_by_time() {
     assert!(warned.iter().any(|text| text.contains("depends on the machine's speed")), "{warned:?}");
     let both = format!("eval_minutes: 30\n{}", arguments("eval_strategy: steps"));
     assert!(case.plan(&both).unwrap_err().message.contains("both say when to evaluate"));
+}
+
+#[test]
+fn a_setting_of_an_entry_is_given_once() {
+    let fault = Case::new().plan("evaluation_data: 'rows.jsonl#limit=3&limit=4'\n").unwrap_err();
+    assert!(fault.message.contains("limit is given twice"), "{fault}");
 }
 
 #[test]

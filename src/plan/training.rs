@@ -6,7 +6,7 @@ use super::{judging, schedule};
 use crate::dataset;
 use crate::spec::keys::Section;
 use crate::train::spike::{Policy, Spikes};
-use crate::train::{self, Every, Warmup};
+use crate::train::{self, Every, Schedule, Warmup};
 
 /// Tokens of one packed pass. Activations grow with it, and beyond this a pass gains no speed.
 const PACKED_TOKENS_MAX: usize = 4096;
@@ -54,10 +54,11 @@ pub(super) fn train_options(
             "{origin}: eval_minutes: which evaluation is the best, and when training stops early, depends on the machine's speed"
         ));
     }
+    let schedule = schedule::schedule(reader, learning_rate);
     train::Options {
         learning_rate,
-        schedule: schedule::schedule(reader, learning_rate),
-        warmup: warmup(reader),
+        schedule,
+        warmup: warmup(reader, schedule),
         batch_examples: reader.integer(T, "per_device_train_batch_size") as usize,
         eval_batch_examples: reader.integer(T, "per_device_eval_batch_size") as usize,
         accumulation: reader.integer(T, "gradient_accumulation_steps") as usize,
@@ -195,9 +196,22 @@ fn evaluation(reader: &mut Reader, dataset: &dataset::Options, steps: Every) -> 
 
 /// The warm-up, as transformers reads the keys: `warmup_ratio` overrides `warmup_steps`, and a `warmup_steps` below 1
 /// is a share of all steps.
-fn warmup(reader: &mut Reader) -> Warmup {
+fn warmup(reader: &mut Reader, schedule: Schedule) -> Warmup {
     let steps = reader.number(Section::TrainingArguments, "warmup_steps");
     let ratio = reader.maybe_number(Section::TrainingArguments, "warmup_ratio");
+    for (key, asked) in [("warmup_steps", steps), ("warmup_ratio", ratio.unwrap_or(0.0))] {
+        let origin = reader.origin(Section::TrainingArguments, key);
+        if asked > 0.0 && schedule == Schedule::Constant {
+            reader.warn(format!(
+                "{origin}: TrainingArguments.{key} has no effect: lr_scheduler_type constant has no warm-up; \
+                 constant_with_warmup has one"
+            ));
+        } else if asked > 0.0 && key == "warmup_steps" && ratio.is_some() {
+            reader.warn(format!(
+                "{origin}: TrainingArguments.warmup_steps has no effect: warmup_ratio overrides it"
+            ));
+        }
+    }
     match ratio {
         Some(ratio) => Warmup::Ratio(ratio),
         None if steps > 0.0 && steps < 1.0 => Warmup::Ratio(steps),

@@ -15,7 +15,7 @@ use super::{Context, Conversation, Layout, Names, Options};
 use crate::fault::{Fault, Result};
 use crate::report::{Report, Stage};
 use arrow::array::ArrayRef;
-use arrow::datatypes::{Field, Schema};
+use arrow::datatypes::{DataType, Field, Schema};
 use companions::Companion;
 use std::collections::BTreeMap;
 
@@ -116,13 +116,18 @@ pub(super) struct Reading<'a> {
     pub parts_joined: u64,
     /// Empty turns of the user.
     pub empty_questions: u64,
+    /// Names of files without a row, beside files with rows.
+    pub empty_files: Vec<String>,
+    /// Whether a column `label` that nobody reads says true or false of each answer.
+    has_labels: bool,
 }
 
 impl<'a> Reading<'a> {
     /// Starts without findings.
     pub fn new(names: &'a Names) -> Reading<'a> {
-        let (columns, fields, idle) = Default::default();
-        Reading { names, columns, fields, idle, parts_joined: 0, empty_questions: 0 }
+        let (columns, fields, idle, empty_files) = Default::default();
+        let (parts_joined, empty_questions, has_labels) = Default::default();
+        Reading { names, columns, fields, idle, parts_joined, empty_questions, empty_files, has_labels }
     }
 
     fn column_not_read(&mut self, name: &str, names_the_row: bool) {
@@ -152,6 +157,19 @@ impl<'a> Reading<'a> {
                 Stage::Read,
                 format!("columns that are not read, so that nothing in them is learned: {others}"),
             );
+        }
+        if self.has_labels {
+            report.warn(
+                Stage::Read,
+                "if `label` says which answers are wanted (data for KTO), leave the other rows out: every answer is learned",
+            );
+        }
+        if !self.empty_files.is_empty() {
+            const SHOWN_MAX: usize = 3;
+            let names: Vec<&str> = self.empty_files.iter().take(SHOWN_MAX).map(String::as_str).collect();
+            let (count, more) =
+                (self.empty_files.len(), if self.empty_files.len() > SHOWN_MAX { ", ..." } else { "" });
+            report.warn(Stage::Read, format!("{count} files hold no rows: {}{more}", names.join(", ")));
         }
         if !self.fields.is_empty() {
             let list: Vec<String> =
@@ -195,13 +213,17 @@ pub(super) fn choose(
     let layout = layout.or(options.layout).or_else(|| layout_of_named_columns(options));
     let wanted: Vec<&'static Format> =
         FORMATS.into_iter().filter(|format| layout.is_none_or(|l| l == format.layout)).collect();
-    let mut problems = Vec::new();
+    let (mut problems, mut refused) = (Vec::new(), Vec::new());
     for format in &wanted {
-        let columns = match resolve(schema, format, options, layout)? {
+        if refused.contains(&format.layout) {
+            continue;
+        }
+        let columns = resolve(schema, format, options, layout)?;
+        // For each layout, the problem of its last, least demanding variant is reported.
+        problems.retain(|(layout, _)| *layout != format.layout);
+        let columns = match columns {
             Ok(columns) => columns,
             Err(problem) => {
-                // For each layout, the problem of its last, least demanding variant is reported.
-                problems.retain(|(layout, _)| *layout != format.layout);
                 problems.extend(problem.map(|problem| (format.layout, problem)));
                 continue;
             }
@@ -209,7 +231,14 @@ pub(super) fn choose(
         let fields: Vec<&Field> =
             columns.iter().map(|name| schema.field_with_name(name).expect("found there")).collect();
         match (format.refuses)(&fields) {
-            Some(problem) => problems.push((format.layout, problem)),
+            Some(problem) => {
+                // A less demanding variant would leave the column out, and so learn something else. A column
+                // that has only nulls is as good as none.
+                if !fields.iter().any(|field| field.data_type().is_null()) {
+                    refused.push(format.layout);
+                }
+                problems.push((format.layout, problem));
+            }
             None => return chosen(schema, format, options, columns, reading),
         }
     }
@@ -243,12 +272,18 @@ fn chosen(
     });
     for name in &columns {
         if schema.fields().iter().filter(|field| field.name() == name).count() > 1 {
-            return Err(Fault::data(format!("column `{name}` is there more than once")));
+            return Err(Fault::data(format!("column `{name}` is there more than once"))
+                .help("rename or remove one of the two columns"));
         }
     }
     companions::note_others(schema, &columns, reading);
+    reading.has_labels |= !columns.iter().any(|name| name == "label")
+        && schema.field_with_name("label").is_ok_and(|field| *field.data_type() == DataType::Boolean);
     Ok(Choice { format, columns, companions, group })
 }
+
+/// The beginning of the problem of a layout that lacks some of its columns.
+const PARTLY: &str = "there is";
 
 /// Returns the columns of a format in this schema. If only some are missing, it returns the problem to report. A
 /// column that the configuration names and the schema lacks is a fault.
@@ -276,7 +311,7 @@ fn resolve(
     let lacking = |column: &&Column| format!("`{}` (name it with {})", column.names[0], column.key);
     let lacking: Vec<String> = missing.iter().map(lacking).collect();
     let partly = (!found.is_empty())
-        .then(|| format!("there is `{}` but no {}", found.join("`, `"), lacking.join(", no ")));
+        .then(|| format!("{PARTLY} `{}` but no {}", found.join("`, `"), lacking.join(", no ")));
     Ok(Err(partly))
 }
 
@@ -340,10 +375,25 @@ fn unfit(schema: &Schema, wanted: &[&Format], problems: &[String]) -> Fault {
             keys.push(key);
         }
     }
+    if let (Some(chosen), Some(rejected)) = (find(schema, "chosen"), find(schema, "rejected")) {
+        return Fault::data(format!(
+            "`{chosen}` and `{rejected}` are pairs of a better and a worse answer, and preferences are not trained; \
+             columns found: {found}"
+        ))
+        .help(format!(
+            "to train on the better answers alone, set DatasetConfig.messages_column: {chosen} if they are lists of \
+             messages, or DatasetConfig.response_column: {chosen} if they are texts"
+        ));
+    }
     let rename = format!("rename the columns, or name them with {}", keys.join(", "));
     if !problems.is_empty() {
-        return Fault::data(format!("{}; columns found: {found}", problems.join("; ")))
-            .help(format!("change the column's type; if another column is meant, {rename}"));
+        let of_types = problems.iter().any(|problem| !problem.starts_with(PARTLY));
+        return Fault::data(format!("{}; columns found: {found}", problems.join("; "))).help(
+            match of_types {
+                true => format!("change the column's type; if another column is meant, {rename}"),
+                false => rename,
+            },
+        );
     }
     let mut expected: Vec<&str> = wanted.iter().map(|format| format.expects).collect();
     expected.dedup();
