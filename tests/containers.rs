@@ -194,7 +194,7 @@ fn places_of_what_is_wrong_are_lines_and_columns() {
           help: save the file as UTF-8"#]]
     .assert_eq(&told("rows.jsonl", b"{\"text\": \"a\"}\n{\"text\": \"\xff\"}\n"));
     expect![[r#"
-        rows.jsonl: line 2, column 23: not valid JSON: the key "text" is there twice
+        rows.jsonl: line 2, column 20: not valid JSON: the key "text" is there twice
           help: keep one of the two values"#]]
     .assert_eq(&told("rows.jsonl", b"{\"text\": \"a\"}\n{\"text\": \"b\", \"text\": \"c\"}\n"));
     for value in ["NaN", "Infinity", "-Infinity"] {

@@ -85,6 +85,9 @@ fn a_column_of_the_wrong_type_is_not_left_out() {
         let fault = read(&[row], &OPTIONS).unwrap_err();
         assert!(fault.kind == Kind::Data && fault.message.contains(words), "{row}: {fault}");
     }
+    let printed = r#"{"messages": "[{'role': 'user', 'content': 'a'}]"}"#;
+    let fault = read(&[printed], &OPTIONS).unwrap_err();
+    assert!(fault.message.contains("write it with json.dumps (0.jsonl:0)"), "{fault}");
     // A layout that lacks a column has no wrong type.
     let fault = read(&[r#"{"query": "q", "answers": "a"}"#], &OPTIONS).unwrap_err();
     assert!(fault.message.contains("there is `query` but no `answer`"), "{fault}");

@@ -102,13 +102,24 @@ pub(super) fn token_options(reader: &mut Reader) -> TokenOptions {
 /// Beside the downloads, unless a folder is named or `off` is said.
 pub(super) fn token_cache(reader: &mut Reader, cache: &Path) -> TokenCache {
     match reader.text(Section::Hone, "token_cache").as_deref() {
-        Some("off") => TokenCache::Off,
+        // YAML 1.1 knows `off` as a boolean, so that a template may write it as `false`.
+        Some(text) if ["off", "false"].iter().any(|word| text.eq_ignore_ascii_case(word)) => TokenCache::Off,
         Some(folder) => TokenCache::Folder { path: folder.into(), named: true },
         None => TokenCache::Folder { path: cache.join("tokens"), named: false },
     }
 }
 
 fn names(reader: &mut Reader) -> Names {
+    let names = written_names(reader);
+    let same = |word: &&String| names.user.iter().any(|user| user.to_lowercase() == word.to_lowercase());
+    if let Some(word) = names.assistant.iter().find(same) {
+        let origin = reader.origin(Section::Hone, "assistant_names");
+        reader.wrong(&origin, format!("assistant_names: {word:?} is among user_names too"));
+    }
+    names
+}
+
+fn written_names(reader: &mut Reader) -> Names {
     Names {
         role_field: reader.text(Section::Hone, "role_field"),
         content_field: reader.text(Section::Hone, "content_field"),

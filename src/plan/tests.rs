@@ -3,7 +3,7 @@
 use super::places::below_mnt;
 use super::rows::TOKENS_UNLIMITED;
 use super::*;
-use crate::dataset::LossOn;
+use crate::dataset::{LossOn, TokenCache};
 use crate::facts::{FourBitCode, Keep, LoraInit, Precision, Quantization, Targets, Tokens};
 use crate::memory::Limit;
 use crate::spec::{self, Request, Setting, Written};
@@ -556,6 +556,20 @@ fn evaluations_by_share_and_by_time() {
     assert!(warned.iter().any(|text| text.contains("depends on the machine's speed")), "{warned:?}");
     let both = format!("eval_minutes: 30\n{}", arguments("eval_strategy: steps"));
     assert!(case.plan(&both).unwrap_err().message.contains("both say when to evaluate"));
+}
+
+#[test]
+fn a_word_for_the_token_cache_and_for_a_speaker_has_one_meaning() {
+    let case = Case::new();
+    for word in ["off", "OFF", "Off", "false"] {
+        assert_eq!(
+            case.plan(&format!("token_cache: {word}\n")).unwrap().token_cache,
+            TokenCache::Off,
+            "{word}"
+        );
+    }
+    let fault = case.plan("user_names: Kunde\nassistant_names: [Berater, kunde]\n").unwrap_err();
+    assert!(fault.message.contains("assistant_names: \"kunde\" is among user_names too"), "{fault}");
 }
 
 #[test]

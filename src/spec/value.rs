@@ -164,7 +164,11 @@ fn source(node: &Node) -> Result<Value, Refusal> {
                     format!("{} is not a key of a source: url or path, {}", entry.key, BESIDE.join(", ")),
                 );
             }
-            node.get("url").or_else(|| node.get("path"))
+            let given = |key| node.get(key).filter(|node| !node.is_null());
+            if let (Some(_), Some(path)) = (given("url"), given("path")) {
+                return refuse(path.place, "a source has a url or a path, found both".into());
+            }
+            given("url").or(given("path"))
         }
         _ => None,
     };
@@ -173,7 +177,7 @@ fn source(node: &Node) -> Result<Value, Refusal> {
     };
     let mut words = Vec::new();
     for key in BESIDE {
-        match node.get(key) {
+        match node.get(key).filter(|node| !node.is_null()) {
             None => {}
             Some(Node { content: Content::Scalar { text: word, .. }, .. }) => {
                 words.push(format!("{key}={word}"))
@@ -284,6 +288,12 @@ mod tests {
             "[a, {url: 'https://h/b', sha256: ff}]",
             expect![[r#"["a","https://h/b#sha256=ff"]"#]],
         );
+        check(
+            Type::Sources,
+            "{url: ~, path: a.csv, layout: ~, weight: null, limit: 2}",
+            expect![[r#"["a.csv#limit=2"]"#]],
+        );
+        check(Type::Sources, "{url: a, path: b}", expect!["16: a source has a url or a path, found both"]);
         check(
             Type::Sources,
             "{uri: a}",

@@ -111,8 +111,9 @@ fn rows(arrays: &[ArrayRef], learned: Option<Learned>, has_attention: bool) -> R
 /// Reads a list of whole numbers, or JSON text of one.
 fn numbers(value: Value, name: &str) -> std::result::Result<Vec<i64>, String> {
     let value = match value {
-        Value::String(text) => serde_json::from_str(&text)
-            .map_err(|error| format!("{name} is a text that is not JSON: {error}"))?,
+        Value::String(text) => {
+            json::of_text(&text).map_err(|problem| format!("{name} is a text that is {problem}"))?
+        }
         value => value,
     };
     let Value::Array(items) = value else { return Err(format!("{name} is null or no list")) };
