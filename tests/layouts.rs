@@ -145,7 +145,7 @@ fn rows_of_tokens_are_taken_as_they_are() {
         (r#"{"input_ids": [5, 6], "loss_mask": [0, 2]}"#, "a mask holds something else than 0 and 1"),
         (r#"{"input_ids": [1.5]}"#, "a list of whole numbers is needed"),
         (r#"{"input_ids": [true]}"#, "a list of whole numbers is needed"),
-        (r#"{"input_ids": [5, 6], "labels": [-100.0, 6.0]}"#, "`labels` is List(Float64, field: 'item')"),
+        (r#"{"input_ids": [5, 6], "labels": [-100.0, 6.0]}"#, "`labels` is List(Float64)"),
         (r#"{"input_ids": [5, 6], "loss_mask": {"a": 1}}"#, "`loss_mask` is Struct"),
         ("{\"input_ids\": [5]}\n{\"input_ids\": []}", "input_ids is empty"),
     ] {

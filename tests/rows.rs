@@ -115,7 +115,7 @@ fn preferences_are_refused_unless_one_answer_is_named() {
 }
 
 #[test]
-fn files_without_rows_and_files_that_train_and_evaluate_are_told() {
+fn files_and_names_without_use_and_files_that_train_and_evaluate_are_told() {
     let work = work("plain.parquet");
     work.write("head.csv", "prompt,completion\n");
     work.write("none.json", "[]");
@@ -127,6 +127,16 @@ fn files_without_rows_and_files_that_train_and_evaluate_are_told() {
         exit 0
     "#]]
     .assert_eq(&said(&work, "--data head.csv --data none.json --evaluation-data data.parquet"));
+    expect![[r#"
+        read      warning: DatasetConfig.context_column has no effect: the layout of the rows has no such column
+        read      warning: question_column has no effect: the layout of the rows has no such column
+        tokenize  4 rows: 136 tokens, 68 of them learned; longest 34, 0 cut to 1024, 0 dropped
+        exit 0
+    "#]]
+    .assert_eq(&said(
+        &work,
+        "--layout messages --set DatasetConfig.context_column=prompt --set question_column=q --earlier-results move",
+    ));
     let alone = work.run(&[
         "run",
         "--model",

@@ -110,6 +110,11 @@ impl<'a> Reader<'a> {
         self.spec.get(section, name)
     }
 
+    /// Returns whether the spec gives a key another value than null.
+    pub fn is_given(&self, section: Section, name: &str) -> bool {
+        self.given(section, name).is_some_and(|given| given.value != Written::Null)
+    }
+
     /// Shows a key that was read as null, because null has a meaning of its own for it.
     pub fn show_null(&mut self, section: Section, name: &str) {
         let key = keys::find(section, name).expect("only keys of the table are read");

@@ -18,7 +18,7 @@ pub(super) fn dataset_options(reader: &mut Reader, entries: &Entries) -> dataset
     let layout = reader.text(Section::Hone, "layout").and_then(|layout| Layout::of_key(&layout));
     let train_share = train_share(reader, entries);
     let answer = reader.text(Section::DatasetConfig, "response_column");
-    let text_field_is_given = reader.given(Section::TrainingArguments, "dataset_text_field").is_some();
+    let text_field_is_given = reader.is_given(Section::TrainingArguments, "dataset_text_field");
     let text_field = reader.text(Section::TrainingArguments, "dataset_text_field");
     let text_column = match layout {
         _ if text_field_is_given => text_field,

@@ -227,6 +227,7 @@ fn sample(key: &spec::keys::Key, case: &Case) -> String {
         ("model" | "pretrained_model_name_or_path" | "init_adapter", _) => format!("{folder}/tiny"),
         ("ca_file" | "chat_template_path", _) => format!("{folder}/tiny/config.json"),
         ("chat_template", _) => "'{{ x }}'".into(),
+        ("assistant_names", _) => "another".into(),
         ("device", _) => "cuda:1".into(),
         ("gpus", _) => "all".into(),
         ("memory_max", _) => "20GiB".into(),
@@ -406,6 +407,13 @@ fn choices_that_depend_on_other_keys() {
     assert!(warned("lr_scheduler_type: constant, warmup_ratio: 0.1").contains("warmup_ratio has no effect"));
     assert!(warned("warmup_ratio: 0.1, warmup_steps: 5").contains("warmup_ratio overrides it"));
     assert_eq!(warned("lr_scheduler_type: constant_with_warmup, warmup_steps: 5"), "");
+    assert!(warned("eval_steps: 5").contains("eval_steps has no effect: eval_strategy is epoch"));
+    assert!(
+        warned("save_steps: 5, save_strategy: no").contains("save_steps has no effect: save_strategy is no")
+    );
+    assert_eq!(warned("eval_steps: 5, eval_strategy: steps, save_steps: 5, logging_steps: 5"), "");
+    assert!(case.plan("mlflow: http://host:5000\n").unwrap().warnings[0].contains("mlflow has no effect"));
+    assert_eq!(plan(&arguments("dataset_text_field: null")).dataset.text_column, None);
     assert_eq!(train("warmup_steps: 5, warmup_ratio: 0.5").warmup, Warmup::Ratio(0.5));
     assert_eq!(train("max_grad_norm: 0").grad_norm_max, None);
     assert_eq!(train("max_steps: 3").steps_max, Some(3));

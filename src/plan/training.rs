@@ -47,6 +47,10 @@ pub(super) fn train_options(
     let save_strategy = reader.text(T, "save_strategy");
     let evaluation = evaluation(reader, dataset, eval_steps);
     let checkpoint = every(save_strategy.as_deref(), save_steps);
+    tell_of_idle_steps(reader, "logging", logging_strategy.as_deref().unwrap_or("steps"));
+    tell_of_idle_steps(reader, "save", save_strategy.as_deref().unwrap_or("steps"));
+    let evaluates = eval_strategy(reader, evaluation);
+    tell_of_idle_steps(reader, "eval", evaluates);
     let judging = judging::judging(reader, entries, evaluation, checkpoint);
     if let (Every::Minutes(_), Some(_)) = (evaluation, &judging) {
         let origin = reader.origin(Section::Hone, "eval_minutes");
@@ -151,6 +155,32 @@ fn every(strategy: Option<&str>, steps: Every) -> Every {
         Some("epoch") => Every::Epoch,
         Some("best") => Every::Best,
         _ => Every::Never,
+    }
+}
+
+/// Warns about a number of steps that the strategy does not go by.
+fn tell_of_idle_steps(reader: &mut Reader, what: &str, strategy: &str) {
+    let key = format!("{what}_steps");
+    if strategy == "steps" || !reader.is_given(Section::TrainingArguments, &key) {
+        return;
+    }
+    let origin = reader.origin(Section::TrainingArguments, &key);
+    reader.warn(match strategy {
+        "minutes" => format!("{origin}: TrainingArguments.{key} has no effect: eval_minutes decides"),
+        _ => format!(
+            "{origin}: TrainingArguments.{key} has no effect: {what}_strategy is {strategy}, and only steps goes by it"
+        ),
+    });
+}
+
+/// The strategy in force, as its key names it, or `minutes`. If there are no rows to evaluate on, a warning says so.
+fn eval_strategy(reader: &mut Reader, evaluation: Every) -> &'static str {
+    match evaluation {
+        _ if reader.text(Section::TrainingArguments, "eval_strategy").as_deref() == Some("steps") => "steps",
+        Every::Steps(_) | Every::Share(_) => "steps",
+        Every::Epoch => "epoch",
+        Every::Never | Every::Best => "no",
+        Every::Minutes(_) => "minutes",
     }
 }
 

@@ -293,7 +293,7 @@ mod tests {
             "{url: ~, path: a.csv, layout: ~, weight: null, limit: 2}",
             expect![[r#"["a.csv#limit=2"]"#]],
         );
-        check(Type::Sources, "{url: a, path: b}", expect!["16: a source has a url or a path, found both"]);
+        check(Type::Sources, "{url: a, path: b}", expect!["21: a source has a url or a path, found both"]);
         check(
             Type::Sources,
             "{uri: a}",

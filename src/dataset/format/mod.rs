@@ -17,7 +17,7 @@ use crate::report::{Report, Stage};
 use arrow::array::ArrayRef;
 use arrow::datatypes::{DataType, Field, Schema};
 use companions::Companion;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// All formats, in order of preference if a file fits several.
 const FORMATS: [&Format; 13] = [
@@ -118,6 +118,8 @@ pub(super) struct Reading<'a> {
     pub empty_questions: u64,
     /// Names of files without a row, beside files with rows.
     pub empty_files: Vec<String>,
+    /// Keys that name columns, and those of them that some file's layout goes by.
+    keys: [BTreeSet<&'static str>; 2],
     /// Whether a column `label` that nobody reads says true or false of each answer.
     has_labels: bool,
 }
@@ -126,8 +128,8 @@ impl<'a> Reading<'a> {
     /// Starts without findings.
     pub fn new(names: &'a Names) -> Reading<'a> {
         let (columns, fields, idle, empty_files) = Default::default();
-        let (parts_joined, empty_questions, has_labels) = Default::default();
-        Reading { names, columns, fields, idle, parts_joined, empty_questions, empty_files, has_labels }
+        let (parts_joined, empty_questions, has_labels, keys) = Default::default();
+        Reading { names, columns, fields, idle, parts_joined, empty_questions, empty_files, keys, has_labels }
     }
 
     fn column_not_read(&mut self, name: &str, names_the_row: bool) {
@@ -157,6 +159,11 @@ impl<'a> Reading<'a> {
                 Stage::Read,
                 format!("columns that are not read, so that nothing in them is learned: {others}"),
             );
+        }
+        let [given, used] = &self.keys;
+        for key in given.difference(used) {
+            report
+                .warn(Stage::Read, format!("{key} has no effect: the layout of the rows has no such column"));
         }
         if self.has_labels {
             report.warn(
@@ -277,6 +284,12 @@ fn chosen(
         }
     }
     companions::note_others(schema, &columns, reading);
+    let [given, used] = &mut reading.keys;
+    given.extend(keys_given(options));
+    used.extend(format.columns.iter().map(|column| column.key));
+    if format.layout == Layout::Text {
+        used.insert("DatasetConfig.response_column"); // It may name the text too.
+    }
     reading.has_labels |= !columns.iter().any(|name| name == "label")
         && schema.field_with_name("label").is_ok_and(|field| *field.data_type() == DataType::Boolean);
     Ok(Choice { format, columns, companions, group })
@@ -331,6 +344,18 @@ fn named(schema: &Schema, name: &str, key: &str) -> Result<String> {
         ))
         .help(format!("correct {key}"))
     })
+}
+
+/// The keys with which the user names columns of layouts.
+fn keys_given(options: &Options) -> impl Iterator<Item = &'static str> {
+    let keys = [
+        ("DatasetConfig.messages_column", &options.messages_column),
+        ("DatasetConfig.context_column", &options.prompt_column),
+        ("DatasetConfig.response_column", &options.completion_column),
+        ("TrainingArguments.dataset_text_field", &options.text_column),
+        ("question_column", &options.question_column),
+    ];
+    keys.into_iter().filter(|(_, name)| name.is_some()).map(|(key, _)| key)
 }
 
 /// The layout that the columns named by the user imply.
