@@ -47,12 +47,11 @@ pub(super) fn stream<'a>(
     let mut reading = Reading::new(&options.names);
     let mut first: Option<(&'static Format, &source::File)> = None;
     let mut good = 0;
-    let mut empty = Vec::new();
     for file in files {
         let share = options.shares.get(file.entry).cloned().unwrap_or_default();
         let table = container::open(file, options.container.as_deref())?;
         if table.rows == Some(0) && table.schema.fields().is_empty() {
-            empty.push(file.name.clone()); // `[]`: nothing says what its columns would be.
+            reading.empty_files.push(file.name.clone()); // `[]`: nothing says what its columns would be.
             continue;
         }
         let chosen = format::choose(&table.schema, options, share.layout, &mut reading)
@@ -88,12 +87,11 @@ pub(super) fn stream<'a>(
             each(Part { records, bytes, bad: problems.rows() })
         })?;
         if row == 0 {
-            empty.push(file.name.clone());
+            reading.empty_files.push(file.name.clone());
         }
     }
-    // A dataset without any row is refused instead.
-    if good + problems.rows() > 0 {
-        reading.empty_files = empty;
+    if good + problems.rows() == 0 {
+        reading.empty_files.clear(); // A dataset without any row is refused instead.
     }
     Ok(Found { problems, reading, format: first.map(|(format, _)| format), good })
 }

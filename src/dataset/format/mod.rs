@@ -146,6 +146,42 @@ impl<'a> Reading<'a> {
 
     /// Reports the findings, one line for each kind.
     pub fn tell(&self, report: &Report) {
+        self.tell_of_columns(report);
+        let warn = |text: String| report.warn(Stage::Read, text);
+        if !self.empty_files.is_empty() {
+            const SHOWN_MAX: usize = 3;
+            let count = self.empty_files.len();
+            let names: Vec<&str> = self.empty_files.iter().take(SHOWN_MAX).map(String::as_str).collect();
+            let more = if count > SHOWN_MAX { ", ..." } else { "" };
+            warn(format!("{count} files hold no rows: {}{more}", names.join(", ")));
+        }
+        if !self.fields.is_empty() {
+            let list: Vec<String> =
+                self.fields.iter().map(|(name, count)| format!("`{name}` in {count}")).collect();
+            warn(format!(
+                "fields of messages that are not read, with the number of messages: {}",
+                list.join(", ")
+            ));
+        }
+        for (name, rows) in &self.idle {
+            warn(format!(
+                "`{name}` in {rows} rows has no effect: rows of plain text do not pass a chat template"
+            ));
+        }
+        if self.parts_joined > 0 {
+            let count = self.parts_joined;
+            warn(format!(
+                "{count} messages have a content of several parts: their texts are joined with nothing between"
+            ));
+        }
+        if self.empty_questions > 0 {
+            let count = self.empty_questions;
+            warn(format!("{count} turns of the user are empty and are shown as such"));
+        }
+    }
+
+    /// Reports the columns that are not read, and the keys that name none.
+    fn tell_of_columns(&self, report: &Report) {
         let names = |about: bool| {
             let list = self.columns.iter().filter(|(_, is_about)| **is_about == about);
             list.map(|(name, _)| format!("`{name}`")).collect::<Vec<_>>().join(", ")
@@ -154,56 +190,16 @@ impl<'a> Reading<'a> {
         if !about.is_empty() {
             report.note(Stage::Read, format!("columns that are not read: {about}"));
         }
+        let warn = |text: String| report.warn(Stage::Read, text);
         if !others.is_empty() {
-            report.warn(
-                Stage::Read,
-                format!("columns that are not read, so that nothing in them is learned: {others}"),
-            );
+            warn(format!("columns that are not read, so that nothing in them is learned: {others}"));
         }
         let [given, used] = &self.keys;
         for key in given.difference(used) {
-            report
-                .warn(Stage::Read, format!("{key} has no effect: the layout of the rows has no such column"));
+            warn(format!("{key} has no effect: the layout of the rows has no such column"));
         }
         if self.has_labels {
-            report.warn(
-                Stage::Read,
-                "if `label` says which answers are wanted (data for KTO), leave the other rows out: every answer is learned",
-            );
-        }
-        if !self.empty_files.is_empty() {
-            const SHOWN_MAX: usize = 3;
-            let names: Vec<&str> = self.empty_files.iter().take(SHOWN_MAX).map(String::as_str).collect();
-            let (count, more) =
-                (self.empty_files.len(), if self.empty_files.len() > SHOWN_MAX { ", ..." } else { "" });
-            report.warn(Stage::Read, format!("{count} files hold no rows: {}{more}", names.join(", ")));
-        }
-        if !self.fields.is_empty() {
-            let list: Vec<String> =
-                self.fields.iter().map(|(name, count)| format!("`{name}` in {count}")).collect();
-            report.warn(
-                Stage::Read,
-                format!(
-                    "fields of messages that are not read, with the number of messages: {}",
-                    list.join(", ")
-                ),
-            );
-        }
-        for (name, rows) in &self.idle {
-            report.warn(
-                Stage::Read,
-                format!(
-                    "`{name}` in {rows} rows has no effect: rows of plain text do not pass a chat template"
-                ),
-            );
-        }
-        if self.parts_joined > 0 {
-            let count = self.parts_joined;
-            report.warn(Stage::Read, format!("{count} messages have a content of several parts: their texts are joined with nothing between"));
-        }
-        if self.empty_questions > 0 {
-            let count = self.empty_questions;
-            report.warn(Stage::Read, format!("{count} turns of the user are empty and are shown as such"));
+            warn("if `label` says which answers are wanted (data for KTO), leave the other rows out: every answer is learned".into());
         }
     }
 }
