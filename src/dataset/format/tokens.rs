@@ -1,7 +1,8 @@
 //! Rows that are tokenized already: `input_ids`, with `labels` or a mask of learned tokens, and possibly an
 //! `attention_mask` that marks padding.
 //!
-//! A mask holds 0 and 1, or false and true. Labels are those of transformers: -100 is not learned, and any other value repeats the token at its own place.
+//! A mask holds 0 and 1, or false and true. Labels are those of transformers: -100 is not learned, and any other
+//! value repeats the token at its own place.
 
 use super::super::{Conversation, Layout};
 use super::{Column, Format, Reading, Rows, column, json};
