@@ -56,9 +56,7 @@ pub fn read(folder: &Path, lora: &LoraOptions) -> Result<Inspection> {
     }
     let tokenizer = Tokenizer::open(folder).map_err(&mut keep).ok();
     let sites = sites::sites(&facts, lora)?;
-    let idle =
-        sites.unmatched.iter().map(|name| format!("{name} matches no linear layer that can be adapted"));
-    let warnings = idle.chain(serving::warnings(&facts, lora)).collect();
+    let warnings = sites.warnings().into_iter().chain(serving::warnings(&facts, lora)).collect();
     Ok(Inspection {
         folder: folder.display().to_string(),
         wrapper: language.wrapper().map(str::to_owned),

@@ -191,8 +191,20 @@ fn places_of_what_is_wrong_are_lines_and_columns() {
     .assert_eq(&told("rows.jsonl", b"{\"text\": \"a\"}\n\n\"b\"\n"));
     expect![[r#"
         rows.jsonl: line 2, column 11: not UTF-8 text (byte 10 of the row)
-          help: correct this place, or export the file again"#]]
+          help: save the file as UTF-8"#]]
     .assert_eq(&told("rows.jsonl", b"{\"text\": \"a\"}\n{\"text\": \"\xff\"}\n"));
+    expect![[r#"
+        rows.jsonl: line 2, column 20: not valid JSON: the key "text" is there twice
+          help: keep one of the two values"#]]
+    .assert_eq(&told("rows.jsonl", b"{\"text\": \"a\"}\n{\"text\": \"b\", \"text\": \"c\"}\n"));
+    for value in ["NaN", "Infinity", "-Infinity"] {
+        let told = told("rows.jsonl", format!("{{\"text\": \"a\", \"score\": {value}}}\n").as_bytes());
+        assert!(told.contains("not valid JSON") && told.contains("write null"), "{told}");
+    }
+    for text in ["a\\ud83d", "a\\ude00", "a\\ud83dx"] {
+        let told = told("rows.jsonl", format!("{{\"text\": \"{text}\"}}\n").as_bytes());
+        assert!(told.contains("half a character"), "{told}");
+    }
     expect![[r#"
         rows.json: line 3, column 10: not valid JSON: expected `,` or `}`
           help: correct this place, or export the file again"#]]
@@ -235,6 +247,8 @@ fn what_is_no_data_is_called_by_its_name() {
         ("rows.zip", b"PK\x03\x04....".to_vec(), "not a data file but a ZIP archive"),
         ("rows.feather", b"FEA1....".to_vec(), "not an Arrow IPC file but a feather file of version 1"),
         ("rows.csv", b"\xff\xfea\0,\0".to_vec(), "not a CSV file but text in UTF-16"),
+        ("rows.jsonl", b"\xff\xfe{\0".to_vec(), "save the file as UTF-8"),
+        ("rows.jsonl.bz2", b"BZh91AY&SY".to_vec(), "unpack it, and give the data files inside"),
         ("rows.parquet.gz", gzip(b"PAR1"), "a truncated parquet file: 4 bytes"),
     ] {
         let told = told(name, &content);

@@ -673,7 +673,7 @@ fn rows_that_cannot_be_used_are_counted_by_kind_and_named() {
         vec![("question", strings(&[Some("a")])), ("id", Arc::new(Int32Array::from(vec![1])))],
         expect![[r#"
             data.parquet: there is `question` but no `answer` (name it with DatasetConfig.response_column); columns found: `question`: Utf8, `id`: Int32
-              help: change the column's type; if another column is meant, rename the columns, or name them with DatasetConfig.messages_column, DatasetConfig.context_column, DatasetConfig.response_column, TrainingArguments.dataset_text_field, question_column"#]],
+              help: rename the columns, or name them with DatasetConfig.messages_column, DatasetConfig.context_column, DatasetConfig.response_column, TrainingArguments.dataset_text_field, question_column"#]],
     );
     check_fault(
         vec![("text", strings(&[]))],

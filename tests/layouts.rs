@@ -74,6 +74,31 @@ fn alpaca_and_question_answer_become_two_turns() {
     );
 }
 
+/// A column that belongs to the layout is never left out because its type is wrong: the answer would be learned without
+/// what it depends on.
+#[test]
+fn a_column_of_the_wrong_type_is_not_left_out() {
+    for (row, words) in [
+        (r#"{"instruction": "Double it", "input": 4, "output": "8"}"#, "`input` is Int64; text is needed"),
+        (r#"{"question": "Why?", "context": ["a", "b"], "answer": "So."}"#, "`context` is List"),
+    ] {
+        let fault = read(&[row], &OPTIONS).unwrap_err();
+        assert!(fault.kind == Kind::Data && fault.message.contains(words), "{row}: {fault}");
+    }
+    let printed = r#"{"messages": "[{'role': 'user', 'content': 'a'}]"}"#;
+    let fault = read(&[printed], &OPTIONS).unwrap_err();
+    assert!(fault.message.contains("write it with json.dumps (0.jsonl:0)"), "{fault}");
+    // A layout that lacks a column has no wrong type.
+    let fault = read(&[r#"{"query": "q", "answers": "a"}"#], &OPTIONS).unwrap_err();
+    assert!(fault.message.contains("there is `query` but no `answer`"), "{fault}");
+    assert!(fault.help.is_some_and(|help| help.starts_with("rename the columns")));
+    let fault = read(&[r#"{"question": "q", "choices": ["a"], "answer": 1}"#], &OPTIONS).unwrap_err();
+    assert!(
+        fault.message.starts_with("0.jsonl: `answer` is Int64; text is needed; columns found"),
+        "{fault}"
+    );
+}
+
 #[test]
 fn a_text_column_comes_before_its_own_parts_as_today() {
     let row = r#"{"instruction": "a", "output": "b", "text": "a b"}"#;
@@ -105,6 +130,8 @@ fn rows_of_tokens_are_taken_as_they_are() {
     );
     let mask = r#"{"input_ids": [5, 6], "completion_mask": [0, 1]}"#;
     assert_eq!(examples(mask).unwrap(), [(vec![5, 6], vec![false, true])]);
+    let flags = r#"{"input_ids": [5, 6, 0], "completion_mask": [false, true, true], "attention_mask": [true, true, false]}"#;
+    assert_eq!(examples(flags).unwrap(), [(vec![5, 6], vec![false, true])]);
     assert_eq!(examples(r#"{"input_ids": [5, 6]}"#).unwrap(), [(vec![5, 6], vec![true, true])]);
     assert_eq!(examples(r#"{"input_ids": "[5, 6]"}"#).unwrap(), [(vec![5, 6], vec![true, true])]);
     for (row, words) in [
@@ -117,6 +144,9 @@ fn rows_of_tokens_are_taken_as_they_are() {
         (r#"{"input_ids": [5, 6], "labels": [5]}"#, "have different lengths"),
         (r#"{"input_ids": [5, 6], "loss_mask": [0, 2]}"#, "a mask holds something else than 0 and 1"),
         (r#"{"input_ids": [1.5]}"#, "a list of whole numbers is needed"),
+        (r#"{"input_ids": [true]}"#, "a list of whole numbers is needed"),
+        (r#"{"input_ids": [5, 6], "labels": [-100.0, 6.0]}"#, "`labels` is List(Float64)"),
+        (r#"{"input_ids": [5, 6], "loss_mask": {"a": 1}}"#, "`loss_mask` is Struct"),
         ("{\"input_ids\": [5]}\n{\"input_ids\": []}", "input_ids is empty"),
     ] {
         let fault = examples(row).unwrap_err();

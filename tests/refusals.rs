@@ -233,7 +233,7 @@ fn data_that_teaches_nothing_is_refused() {
     said += &refused(&work, "--data data.parquet --layout text");
     expect![[r#"
         error (data, exit code 11): column.parquet: there is `question` but no `answer` (name it with DatasetConfig.response_column); columns found: `question`: Utf8
-          help: change the column's type; if another column is meant, rename the columns, or name them with DatasetConfig.messages_column, DatasetConfig.context_column, DatasetConfig.response_column, TrainingArguments.dataset_text_field, question_column
+          help: rename the columns, or name them with DatasetConfig.messages_column, DatasetConfig.context_column, DatasetConfig.response_column, TrainingArguments.dataset_text_field, question_column
         error (data, exit code 11): the dataset has 0 rows in 1 file(s): empty.parquet
           help: check the export that wrote the files, and the path or URL they were taken from
         error (data, exit code 11): nothing left to supervise: 400 rows, 400 of them cut to 2 tokens (longest 489), none with an answer left

@@ -83,6 +83,75 @@ fn lists_of_any_kind_are_read_together() {
 }
 
 #[test]
+fn preferences_are_refused_unless_one_answer_is_named() {
+    let work = work("plain.parquet");
+    let pair = |answer: &str| {
+        format!(
+            r#"[{{"role": "user", "content": "1 + 1?"}}, {{"role": "assistant", "content": "{answer}"}}]"#
+        )
+    };
+    work.write("lists.jsonl", format!(r#"{{"chosen": {}, "rejected": {}}}"#, pair("2"), pair("3")));
+    work.write("texts.jsonl", r#"{"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}"#);
+    let alone = "--log terminal --model model --config config.yaml --output out --device cpu --data";
+    let fault = |more: &str| {
+        let arguments = format!("run {alone} {more}");
+        let ended = work.run(&arguments.split_whitespace().collect::<Vec<_>>());
+        (ended.code, ended.stderr)
+    };
+    for file in ["lists.jsonl", "texts.jsonl"] {
+        let (code, told) = fault(file);
+        assert_eq!(code, Some(11), "{told}");
+        assert!(told.contains("pairs of a better and a worse answer"), "{told}");
+    }
+    let (code, told) = fault("lists.jsonl --set DatasetConfig.messages_column=chosen");
+    assert_eq!(code, Some(0), "{told}");
+    let (code, told) = fault("texts.jsonl --set DatasetConfig.response_column=chosen --earlier-results move");
+    assert_eq!(code, Some(0), "{told}");
+    // Data for KTO says of each answer whether it is wanted.
+    work.write("labels.jsonl", r#"{"prompt": "1 + 1?", "completion": "3", "label": false}"#);
+    let (code, told) = fault("labels.jsonl --earlier-results move");
+    assert_eq!(code, Some(0), "{told}");
+    assert!(told.contains("warning: if `label` says which answers are wanted"), "{told}");
+}
+
+#[test]
+fn files_and_names_without_use_and_files_that_train_and_evaluate_are_told() {
+    let work = work("plain.parquet");
+    work.write("head.csv", "prompt,completion\n");
+    work.write("none.json", "[]");
+    expect![[r#"
+        read      warning: 2 files hold no rows: head.csv, none.json
+        read      warning: 1 of 1 files of evaluation_data are in data too (data.parquet), so that their rows are trained on and say nothing about new ones; leave them out of data
+        tokenize  4 rows: 136 tokens, 68 of them learned; longest 34, 0 cut to 1024, 0 dropped
+        tokenize  4 rows: 136 tokens, 68 of them learned; longest 34, 0 cut to 1024, 0 dropped
+        exit 0
+    "#]]
+    .assert_eq(&said(&work, "--data head.csv --data none.json --evaluation-data data.parquet"));
+    expect![[r#"
+        read      warning: DatasetConfig.context_column has no effect: the layout of the rows has no such column
+        read      warning: question_column has no effect: the layout of the rows has no such column
+        tokenize  4 rows: 136 tokens, 68 of them learned; longest 34, 0 cut to 1024, 0 dropped
+        exit 0
+    "#]]
+    .assert_eq(&said(
+        &work,
+        "--layout messages --set DatasetConfig.context_column=prompt --set question_column=q --earlier-results move",
+    ));
+    let alone = work.run(&[
+        "run",
+        "--model",
+        "model",
+        "--data",
+        "none.json",
+        "--output",
+        "other",
+        "--log",
+        "terminal",
+    ]);
+    assert!(alone.code == Some(11) && alone.stderr.contains("the dataset has 0 rows"), "{}", alone.stderr);
+}
+
+#[test]
 fn a_bad_row_is_refused_or_dropped_as_asked() {
     check(
         "one-empty-answer.parquet",

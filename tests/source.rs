@@ -978,6 +978,25 @@ fn a_folder_of_several_kinds_gives_one_of_them_and_tells_the_others() {
     assert_eq!(names(&desk, &root, "data"), ["data/c.TSV.zst"]);
 }
 
+/// A folder as the hub has it holds rows to test on. They are read, and a warning says so.
+#[test]
+fn a_folder_with_several_splits_is_told() {
+    let (desk, root) =
+        tree(&["test/data/train-0.parquet", "test/data/test-0.parquet", "test/data/valid.parquet"]);
+    assert_eq!(names(&desk, &root, "test").len(), 3);
+    let told = desk.log.text();
+    assert!(told.contains("3 files are read") && told.contains("1 of test, 1 of validation"), "{told}");
+    // The name of the folder itself says nothing, and a glob says which files are meant.
+    for (files, pattern) in [
+        (["train/a.parquet", "train/b.parquet"], "train"),
+        (["t/train.parquet", "t/test.parquet"], "t/*.parquet"),
+    ] {
+        let (desk, root) = tree(&files);
+        assert_eq!(names(&desk, &root, pattern).len(), 2);
+        assert!(!desk.log.text().contains("no files to train on"), "{}", desk.log.text());
+    }
+}
+
 #[test]
 fn globs_give_what_they_match() {
     let (desk, root) =

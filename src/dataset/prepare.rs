@@ -216,11 +216,31 @@ pub fn prepare(
         .ok_or_else(|| Fault::internal(format!("the token cache names a layout {:?}", told.layout)))?;
     let summary = rows_read(all, layout.name(), files.len(), train.len(), evaluation.len());
     report.note(Stage::Read, summary);
+    tell_of_both(files, options, report);
     let rows = train.len() + evaluation.len();
     let set = |rows| work.settled(&store, rows);
     let prepared = Prepared { train: set(train)?, evaluation: set(evaluation)?, layout, rows };
     store.give_back();
     Ok(prepared)
+}
+
+/// Warns about files that train and evaluate: such an evaluation says nothing about new rows.
+fn tell_of_both(files: &[source::File], options: &Options, report: &Report) {
+    let Some(from) = options.evaluation_from else { return };
+    let (evaluation, train): (Vec<_>, Vec<_>) = files.iter().partition(|file| file.entry >= from);
+    let trains = |file: &&&source::File| train.iter().any(|other| other.sha256 == file.sha256);
+    let both: Vec<&str> = evaluation.iter().filter(trains).map(|file| file.name.as_str()).collect();
+    if let Some(first) = both.first() {
+        report.warn(
+            Stage::Read,
+            format!(
+                "{} of {} files of evaluation_data are in data too ({first}), so that their rows are trained on and say \
+                 nothing about new ones; leave them out of data",
+                both.len(),
+                evaluation.len()
+            ),
+        );
+    }
 }
 
 /// The inputs that tokens are made of.

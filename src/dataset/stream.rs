@@ -50,6 +50,10 @@ pub(super) fn stream<'a>(
     for file in files {
         let share = options.shares.get(file.entry).cloned().unwrap_or_default();
         let table = container::open(file, options.container.as_deref())?;
+        if table.rows == Some(0) && table.schema.fields().is_empty() {
+            reading.empty_files.push(file.name.clone()); // `[]`: nothing says what its columns would be.
+            continue;
+        }
         let chosen = format::choose(&table.schema, options, share.layout, &mut reading)
             .map_err(|fault| fault.at(&file.name))?;
         match first {
@@ -82,6 +86,12 @@ pub(super) fn stream<'a>(
             good += records.len() as u64;
             each(Part { records, bytes, bad: problems.rows() })
         })?;
+        if row == 0 {
+            reading.empty_files.push(file.name.clone());
+        }
+    }
+    if good + problems.rows() == 0 {
+        reading.empty_files.clear(); // A dataset without any row is refused instead.
     }
     Ok(Found { problems, reading, format: first.map(|(format, _)| format), good })
 }

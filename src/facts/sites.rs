@@ -105,9 +105,20 @@ pub struct Sites {
     pub renamed: Vec<(String, String)>,
     /// Names in target_modules and exclude_modules that match nothing.
     pub unmatched: Vec<String>,
+    /// Entries of layers_to_transform, rank_pattern and alpha_pattern that concern no adapted layer.
+    pub idle: Vec<String>,
 }
 
 impl Sites {
+    /// Warnings about what the configuration names and the model does not have.
+    pub fn warnings(&self) -> Vec<String> {
+        let unmatched =
+            self.unmatched.iter().map(|name| format!("{name} matches no linear layer that can be adapted"));
+        let idle =
+            self.idle.iter().map(|entry| format!("{entry} has no effect: it matches no adapted layer"));
+        unmatched.chain(idle).collect()
+    }
+
     /// Parameters of all pairs and of all trained rows of tokens.
     pub fn parameters(&self) -> usize {
         let rows = self.tokens.iter().map(|rows| rows.values().len()).sum::<usize>();
@@ -141,7 +152,17 @@ pub fn sites(facts: &Facts, options: &LoraOptions) -> Result<Sites> {
         return Err(nothing_matches(facts, options));
     }
     let unmatched = matcher.unmatched(facts)?;
-    Ok(Sites { list, tokens, renamed: matcher.renamed, unmatched })
+    let mut idle = idle_layers(&list, options);
+    idle.extend(ranks.idle("rank_pattern", &list)?);
+    idle.extend(alphas.idle("alpha_pattern", &list)?);
+    Ok(Sites { list, tokens, renamed: matcher.renamed, unmatched, idle })
+}
+
+/// Layers that are to be adapted and have no adapted linear layer: most are beyond the model's last layer.
+fn idle_layers(sites: &[Site], options: &LoraOptions) -> Vec<String> {
+    let is_idle = |layer: &&usize| !sites.iter().any(|site| site.layer == **layer);
+    let idle = options.layers.iter().filter(is_idle);
+    idle.map(|layer| format!("LoraConfig.layers_to_transform: {layer}")).collect()
 }
 
 /// The trained rows of tokens, at the beginning of the flat buffer.
@@ -348,22 +369,37 @@ fn too_hard(pattern: &Regex, error: &fancy_regex::Error) -> Fault {
 }
 
 /// `rank_pattern` or `alpha_pattern`: a key matches a path or its end after a dot, and the first match wins.
-struct Patterns<T>(Vec<(Regex, T)>);
+struct Patterns<'a, T> {
+    entries: &'a [(String, T)],
+    compiled: Vec<Regex>,
+}
 
-impl<T: Copy> Patterns<T> {
-    fn new(key: &str, entries: &[(String, T)]) -> Result<Patterns<T>> {
-        let compile =
-            |(pattern, value): &(String, T)| Ok((regex(key, &format!(r"^(?:.*\.)?(?:{pattern})$"))?, *value));
-        entries.iter().map(compile).collect::<Result<_>>().map(Patterns)
+impl<'a, T: Copy> Patterns<'a, T> {
+    fn new(key: &str, entries: &'a [(String, T)]) -> Result<Patterns<'a, T>> {
+        let compile = |(pattern, _): &(String, T)| regex(key, &format!(r"^(?:.*\.)?(?:{pattern})$"));
+        Ok(Patterns { entries, compiled: entries.iter().map(compile).collect::<Result<_>>()? })
     }
 
     fn first_match(&self, path: &str) -> Result<Option<T>> {
-        for (pattern, value) in &self.0 {
+        for (pattern, (_, value)) in self.compiled.iter().zip(self.entries) {
             if pattern.is_match(path).map_err(|error| too_hard(pattern, &error))? {
                 return Ok(Some(*value));
             }
         }
         Ok(None)
+    }
+
+    /// The entries that match no site.
+    fn idle(&self, key: &str, sites: &[Site]) -> Result<Vec<String>> {
+        let mut idle = Vec::new();
+        for (pattern, (text, _)) in self.compiled.iter().zip(self.entries) {
+            let matches = |site: &Site| pattern.is_match(&site.path);
+            let found = sites.iter().map(matches).collect::<std::result::Result<Vec<_>, _>>();
+            if !found.map_err(|error| too_hard(pattern, &error))?.contains(&true) {
+                idle.push(format!("LoraConfig.{key}: {text}"));
+            }
+        }
+        Ok(idle)
     }
 }
 
@@ -414,6 +450,21 @@ mod tests {
                 "LoraConfig.target_modules: v_prj",
                 "LoraConfig.target_modules: lm_head",
                 "LoraConfig.exclude_modules: .*up.*"
+            ]
+        );
+        let beside = LoraOptions {
+            layers: vec![1, 7],
+            rank_pattern: vec![("q_proj".into(), 4), ("up_proj".into(), 4)],
+            alpha_pattern: vec![("k_prj".into(), 4.0)],
+            ..options(names(&["q_proj", "v_prj"]))
+        };
+        assert_eq!(
+            sites(&llama, &beside).unwrap().warnings(),
+            [
+                "LoraConfig.target_modules: v_prj matches no linear layer that can be adapted",
+                "LoraConfig.layers_to_transform: 7 has no effect: it matches no adapted layer",
+                "LoraConfig.rank_pattern: up_proj has no effect: it matches no adapted layer",
+                "LoraConfig.alpha_pattern: k_prj has no effect: it matches no adapted layer",
             ]
         );
         let some = LoraOptions {

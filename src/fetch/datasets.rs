@@ -12,17 +12,11 @@ use serde::Deserialize;
 use super::{Access, hub};
 use crate::fault::{Fault, Kind, Result};
 use crate::report::{Report, Stage};
-use crate::source::{self, Hub, Source};
+use crate::source::{self, Hub, Source, split};
 
 const CONVERTED: &str = "refs/convert/parquet";
 /// The hub writes this before the name of a split of which it converted only the first gigabytes.
 const PARTIAL: &str = "partial-";
-/// Words in file names by the split that they stand for.
-const SPLIT_WORDS: [(&str, &[&str]); 3] = [
-    ("train", &["train", "training"]),
-    ("validation", &["validation", "valid", "val", "dev", "eval", "evaluation"]),
-    ("test", &["test", "testing"]),
-];
 
 /// The address of a dataset: `hf://datasets/OWNER/NAME[@REVISION][/PATH][?config=...&split=...]`.
 #[derive(Clone, Debug, PartialEq)]
@@ -244,21 +238,9 @@ fn own_files(data: &HubData, listing: &Listing, access: Access, report: &Report)
 
 /// Leaves out the files of other splits. A file whose name shows no split counts as `train`.
 fn of_split(data: &HubData, files: Vec<Sibling>, report: &Report) -> Result<Vec<Sibling>> {
-    let split_of = |file: &Sibling| {
-        let words: Vec<String> = file
-            .rfilename
-            .to_lowercase()
-            .split(|c: char| !c.is_ascii_alphanumeric())
-            .map(str::to_owned)
-            .collect();
-        let told = |(_, names): &&(&str, &[&str])| words.iter().any(|word| names.contains(&word.as_str()));
-        SPLIT_WORDS.iter().find(told).map(|(split, _)| *split)
-    };
-    let wanted = data.split.as_deref().unwrap_or("train");
-    let (of_it, others): (Vec<_>, Vec<_>) = files.into_iter().partition(|file| match split_of(file) {
-        Some(split) => split == wanted,
-        None => wanted == "train",
-    });
+    let wanted = data.split.as_deref().unwrap_or(split::TRAIN);
+    let (of_it, others): (Vec<_>, Vec<_>) =
+        files.into_iter().partition(|file| split::of(&file.rfilename).unwrap_or(split::TRAIN) == wanted);
     if of_it.is_empty() {
         return Err(Fault::config(format!("{data}: no file has the split {wanted:?} in its name"))
             .help("give the files by path: hf://datasets/OWNER/NAME/PATH"));

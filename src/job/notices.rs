@@ -26,8 +26,8 @@ pub(super) fn tell_what_is_trained(plan: &Plan, described: &Described, report: &
     if described.options.precision == Precision::Fp8 {
         report.note(Stage::Plan, products_in_8_bits(&described.facts));
     }
-    for name in &described.sites.unmatched {
-        report.warn(Stage::Plan, format!("{name} matches no linear layer that can be adapted"));
+    for warning in described.sites.warnings() {
+        report.warn(Stage::Plan, warning);
     }
     let (asked, taken) = (&plan.model.lora, &described.options.lora);
     if described.initial.is_some() {

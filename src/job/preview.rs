@@ -56,7 +56,7 @@ impl Preview<'_> {
             return vec![Ok(plan), Ok(format!("\nmodel: {}", self.missing()))];
         };
         let facts = &described.facts;
-        let model = format!(
+        let mut model = format!(
             "\nmodel: {}, {} layers of width {}, {} parameters\nadapter: {} linear layers, {} trainable parameters",
             facts.family,
             facts.layers.len(),
@@ -65,6 +65,9 @@ impl Preview<'_> {
             described.sites.list.len(),
             described.sites.parameters()
         );
+        for warning in described.sites.warnings() {
+            model += &format!("\nwarning: {warning}");
+        }
         let memory = memory.as_ref().map_err(Fault::clone).map(|memory| {
             format!("\nmemory, if all examples have the largest number of tokens:\n{}", memory.table())
         });
@@ -88,6 +91,9 @@ impl Preview<'_> {
         let sites: Vec<&str> = described.sites.list.iter().map(|site| site.path.as_str()).collect();
         json["adapter"] =
             json!({"trainable_parameters": described.sites.parameters(), "linear_layers": sites});
+        if let Some(warnings) = json["warnings"].as_array_mut() {
+            warnings.extend(described.sites.warnings().into_iter().map(Json::String));
+        }
         json["estimate"] = estimate.json();
         let memory = memory.as_ref().map_err(Fault::clone)?;
         json["memory"] = memory.plan.json(&memory.machine);

@@ -211,7 +211,10 @@ fn share(text: &str) -> Result<(String, Share), String> {
         return Ok((text.to_owned(), Share::default()));
     }
     let (mut share, mut text) = (Share::default(), place.to_owned());
-    for (key, value) in pairs {
+    for (index, (key, value)) in pairs.iter().copied().enumerate() {
+        if pairs[..index].iter().any(|(other, _)| *other == key) {
+            return Err(format!("{key} is given twice"));
+        }
         match key {
             "layout" => {
                 let keys = Layout::KEYS.map(|(key, _)| key).join(", ");

@@ -110,6 +110,20 @@ impl<'a> Reader<'a> {
         self.spec.get(section, name)
     }
 
+    /// Returns whether the spec gives a key another value than null.
+    pub fn is_given(&self, section: Section, name: &str) -> bool {
+        self.given(section, name).is_some_and(|given| given.value != Written::Null)
+    }
+
+    /// Shows a key that was read as null, because null has a meaning of its own for it.
+    pub fn show_null(&mut self, section: Section, name: &str) {
+        let key = keys::find(section, name).expect("only keys of the table are read");
+        let origin = self.origin(section, name);
+        for (_, value) in self.read.iter_mut().filter(|(read, _)| std::ptr::eq(*read, key)) {
+            (value.value, value.origin) = (serde_json::Value::Null, origin.clone());
+        }
+    }
+
     /// Records a value that was derived from several keys.
     pub fn derive(&mut self, name: &str, value: impl Into<serde_json::Value>, origin: Origin) {
         self.derived.push(Value { name: name.into(), value: value.into(), origin });
@@ -158,12 +172,15 @@ impl<'a> Reader<'a> {
             None | Some(Written::Null) => spec::default(key),
             Some(value) => Some(value.clone()),
         };
-        // A null in the configuration is shown as null, even if a default is used instead.
-        let shown = given.map(|given| given.value.to_json()).or_else(|| value.as_ref().map(Written::to_json));
+        // A null stands for the default, which is then shown as such. A key without a default stays null.
+        let origin = match (given, &value) {
+            (Some(Given { value: Written::Null, .. }), Some(_)) => Origin::Default,
+            _ => self.origin(section, name),
+        };
+        let shown = value.as_ref().or(given.map(|given| &given.value)).map(Written::to_json);
         if let Some(shown) = shown
             && !self.read.iter().any(|(other, _)| std::ptr::eq(*other, key))
         {
-            let origin = self.origin(section, name);
             self.read.push((key, Value { name: key.to_string(), value: shown, origin }));
         }
         value

@@ -18,7 +18,7 @@ pub(super) fn dataset_options(reader: &mut Reader, entries: &Entries) -> dataset
     let layout = reader.text(Section::Hone, "layout").and_then(|layout| Layout::of_key(&layout));
     let train_share = train_share(reader, entries);
     let answer = reader.text(Section::DatasetConfig, "response_column");
-    let text_field_is_given = reader.given(Section::TrainingArguments, "dataset_text_field").is_some();
+    let text_field_is_given = reader.is_given(Section::TrainingArguments, "dataset_text_field");
     let text_field = reader.text(Section::TrainingArguments, "dataset_text_field");
     let text_column = match layout {
         _ if text_field_is_given => text_field,
@@ -86,9 +86,13 @@ fn group_column(reader: &mut Reader, train_share: f64) -> Option<String> {
 
 pub(super) fn token_options(reader: &mut Reader) -> TokenOptions {
     let given = reader.given(Section::TrainingArguments, "max_length").map(|given| given.value.clone());
-    let tokens_max = reader.integer(Section::TrainingArguments, "max_length") as usize;
+    let mut tokens_max = reader.integer(Section::TrainingArguments, "max_length") as usize;
+    if given == Some(Written::Null) {
+        tokens_max = TOKENS_UNLIMITED;
+        reader.show_null(Section::TrainingArguments, "max_length");
+    }
     TokenOptions {
-        tokens_max: if given == Some(Written::Null) { TOKENS_UNLIMITED } else { tokens_max },
+        tokens_max,
         loss: loss(reader),
         chat_template: chat_template(reader),
         bad_rows: bad_rows(reader),
@@ -98,13 +102,24 @@ pub(super) fn token_options(reader: &mut Reader) -> TokenOptions {
 /// Beside the downloads, unless a folder is named or `off` is said.
 pub(super) fn token_cache(reader: &mut Reader, cache: &Path) -> TokenCache {
     match reader.text(Section::Hone, "token_cache").as_deref() {
-        Some("off") => TokenCache::Off,
+        // YAML 1.1 knows `off` as a boolean, so that a template may write it as `false`.
+        Some(text) if ["off", "false"].iter().any(|word| text.eq_ignore_ascii_case(word)) => TokenCache::Off,
         Some(folder) => TokenCache::Folder { path: folder.into(), named: true },
         None => TokenCache::Folder { path: cache.join("tokens"), named: false },
     }
 }
 
 fn names(reader: &mut Reader) -> Names {
+    let names = written_names(reader);
+    let same = |word: &&String| names.user.iter().any(|user| user.to_lowercase() == word.to_lowercase());
+    if let Some(word) = names.assistant.iter().find(same) {
+        let origin = reader.origin(Section::Hone, "assistant_names");
+        reader.wrong(&origin, format!("assistant_names: {word:?} is among user_names too"));
+    }
+    names
+}
+
+fn written_names(reader: &mut Reader) -> Names {
     Names {
         role_field: reader.text(Section::Hone, "role_field"),
         content_field: reader.text(Section::Hone, "content_field"),

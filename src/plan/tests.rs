@@ -3,7 +3,7 @@
 use super::places::below_mnt;
 use super::rows::TOKENS_UNLIMITED;
 use super::*;
-use crate::dataset::LossOn;
+use crate::dataset::{LossOn, TokenCache};
 use crate::facts::{FourBitCode, Keep, LoraInit, Precision, Quantization, Targets, Tokens};
 use crate::memory::Limit;
 use crate::spec::{self, Request, Setting, Written};
@@ -227,6 +227,7 @@ fn sample(key: &spec::keys::Key, case: &Case) -> String {
         ("model" | "pretrained_model_name_or_path" | "init_adapter", _) => format!("{folder}/tiny"),
         ("ca_file" | "chat_template_path", _) => format!("{folder}/tiny/config.json"),
         ("chat_template", _) => "'{{ x }}'".into(),
+        ("assistant_names", _) => "another".into(),
         ("device", _) => "cuda:1".into(),
         ("gpus", _) => "all".into(),
         ("memory_max", _) => "20GiB".into(),
@@ -374,6 +375,19 @@ fn under_kaitos_mounts_its_paths_count() {
 }
 
 #[test]
+fn a_null_shows_the_default_that_it_stands_for() {
+    let plan = Case::new().plan(&arguments("learning_rate: null, max_length: null, eval_steps: ~")).unwrap();
+    let shown = |name: &str| {
+        let value =
+            plan.values.iter().find(|value| value.name == format!("TrainingArguments.{name}")).unwrap();
+        (value.value.clone(), value.origin == Origin::Default)
+    };
+    assert_eq!(shown("learning_rate"), (plan.train.learning_rate.into(), true));
+    assert_eq!(shown("max_length"), (serde_json::Value::Null, false), "null has a meaning here");
+    assert_eq!(shown("eval_steps"), (serde_json::Value::Null, false), "there is no default");
+}
+
+#[test]
 fn choices_that_depend_on_other_keys() {
     let case = Case::new();
     let plan = |config: &str| case.plan(config).unwrap();
@@ -388,6 +402,18 @@ fn choices_that_depend_on_other_keys() {
     assert_eq!(train("eval_strategy: steps, logging_steps: 7").evaluation, Every::Steps(7));
     assert_eq!(train("warmup_steps: 0.1").warmup, Warmup::Ratio(0.1));
     assert_eq!(train("warmup_steps: 5").warmup, Warmup::Steps(5));
+    let warned = |text: &str| plan(&arguments(text)).warnings.join("\n");
+    assert!(warned("lr_scheduler_type: constant, warmup_steps: 5").contains("warmup_steps has no effect"));
+    assert!(warned("lr_scheduler_type: constant, warmup_ratio: 0.1").contains("warmup_ratio has no effect"));
+    assert!(warned("warmup_ratio: 0.1, warmup_steps: 5").contains("warmup_ratio overrides it"));
+    assert_eq!(warned("lr_scheduler_type: constant_with_warmup, warmup_steps: 5"), "");
+    assert!(warned("eval_steps: 5").contains("eval_steps has no effect: eval_strategy is epoch"));
+    assert!(
+        warned("save_steps: 5, save_strategy: no").contains("save_steps has no effect: save_strategy is no")
+    );
+    assert_eq!(warned("eval_steps: 5, eval_strategy: steps, save_steps: 5, logging_steps: 5"), "");
+    assert!(case.plan("mlflow: http://host:5000\n").unwrap().warnings[0].contains("mlflow has no effect"));
+    assert_eq!(plan(&arguments("dataset_text_field: null")).dataset.text_column, None);
     assert_eq!(train("warmup_steps: 5, warmup_ratio: 0.5").warmup, Warmup::Ratio(0.5));
     assert_eq!(train("max_grad_norm: 0").grad_norm_max, None);
     assert_eq!(train("max_steps: 3").steps_max, Some(3));
@@ -538,6 +564,26 @@ fn evaluations_by_share_and_by_time() {
     assert!(warned.iter().any(|text| text.contains("depends on the machine's speed")), "{warned:?}");
     let both = format!("eval_minutes: 30\n{}", arguments("eval_strategy: steps"));
     assert!(case.plan(&both).unwrap_err().message.contains("both say when to evaluate"));
+}
+
+#[test]
+fn a_word_for_the_token_cache_and_for_a_speaker_has_one_meaning() {
+    let case = Case::new();
+    for word in ["off", "OFF", "Off", "false"] {
+        assert_eq!(
+            case.plan(&format!("token_cache: {word}\n")).unwrap().token_cache,
+            TokenCache::Off,
+            "{word}"
+        );
+    }
+    let fault = case.plan("user_names: Kunde\nassistant_names: [Berater, kunde]\n").unwrap_err();
+    assert!(fault.message.contains("assistant_names: \"kunde\" is among user_names too"), "{fault}");
+}
+
+#[test]
+fn a_setting_of_an_entry_is_given_once() {
+    let fault = Case::new().plan("evaluation_data: 'rows.jsonl#limit=3&limit=4'\n").unwrap_err();
+    assert!(fault.message.contains("limit is given twice"), "{fault}");
 }
 
 #[test]

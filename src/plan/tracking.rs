@@ -87,6 +87,12 @@ fn mlflow(reader: &mut Reader, wanted: bool, origin: &Origin, remembered: PathBu
     let experiment = reader.text(H, "mlflow_experiment").unwrap_or_default();
     let run = reader.text(H, "mlflow_run");
     if !wanted {
+        // The variables of MLflow itself are there for all programs.
+        let origin = reader.origin(H, "mlflow");
+        if uri.is_some() && !matches!(origin, Origin::Environment(_)) {
+            reader
+                .warn(format!("{origin}: mlflow has no effect without TrainingArguments.report_to: mlflow"));
+        }
         return None;
     }
     let Some(uri) = uri else {

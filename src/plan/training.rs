@@ -6,7 +6,7 @@ use super::{judging, schedule};
 use crate::dataset;
 use crate::spec::keys::Section;
 use crate::train::spike::{Policy, Spikes};
-use crate::train::{self, Every, Warmup};
+use crate::train::{self, Every, Schedule, Warmup};
 
 /// Tokens of one packed pass. Activations grow with it, and beyond this a pass gains no speed.
 const PACKED_TOKENS_MAX: usize = 4096;
@@ -47,6 +47,10 @@ pub(super) fn train_options(
     let save_strategy = reader.text(T, "save_strategy");
     let evaluation = evaluation(reader, dataset, eval_steps);
     let checkpoint = every(save_strategy.as_deref(), save_steps);
+    tell_of_idle_steps(reader, "logging", logging_strategy.as_deref().unwrap_or("steps"));
+    tell_of_idle_steps(reader, "save", save_strategy.as_deref().unwrap_or("steps"));
+    let evaluates = eval_strategy(reader, evaluation);
+    tell_of_idle_steps(reader, "eval", evaluates);
     let judging = judging::judging(reader, entries, evaluation, checkpoint);
     if let (Every::Minutes(_), Some(_)) = (evaluation, &judging) {
         let origin = reader.origin(Section::Hone, "eval_minutes");
@@ -54,10 +58,11 @@ pub(super) fn train_options(
             "{origin}: eval_minutes: which evaluation is the best, and when training stops early, depends on the machine's speed"
         ));
     }
+    let schedule = schedule::schedule(reader, learning_rate);
     train::Options {
         learning_rate,
-        schedule: schedule::schedule(reader, learning_rate),
-        warmup: warmup(reader),
+        schedule,
+        warmup: warmup(reader, schedule),
         batch_examples: reader.integer(T, "per_device_train_batch_size") as usize,
         eval_batch_examples: reader.integer(T, "per_device_eval_batch_size") as usize,
         accumulation: reader.integer(T, "gradient_accumulation_steps") as usize,
@@ -153,6 +158,32 @@ fn every(strategy: Option<&str>, steps: Every) -> Every {
     }
 }
 
+/// Warns about a number of steps that the strategy does not go by.
+fn tell_of_idle_steps(reader: &mut Reader, what: &str, strategy: &str) {
+    let key = format!("{what}_steps");
+    if strategy == "steps" || !reader.is_given(Section::TrainingArguments, &key) {
+        return;
+    }
+    let origin = reader.origin(Section::TrainingArguments, &key);
+    reader.warn(match strategy {
+        "minutes" => format!("{origin}: TrainingArguments.{key} has no effect: eval_minutes decides"),
+        _ => format!(
+            "{origin}: TrainingArguments.{key} has no effect: {what}_strategy is {strategy}, and only steps goes by it"
+        ),
+    });
+}
+
+/// The strategy in force, as its key names it, or `minutes`. If there are no rows to evaluate on, a warning says so.
+fn eval_strategy(reader: &mut Reader, evaluation: Every) -> &'static str {
+    match evaluation {
+        _ if reader.text(Section::TrainingArguments, "eval_strategy").as_deref() == Some("steps") => "steps",
+        Every::Steps(_) | Every::Share(_) => "steps",
+        Every::Epoch => "epoch",
+        Every::Never | Every::Best => "no",
+        Every::Minutes(_) => "minutes",
+    }
+}
+
 /// The points at which to evaluate. If no key says so: once an epoch, if there are rows to evaluate on.
 fn evaluation(reader: &mut Reader, dataset: &dataset::Options, steps: Every) -> Every {
     let split = dataset.train_share < 1.0 || dataset.evaluation_from.is_some();
@@ -195,9 +226,22 @@ fn evaluation(reader: &mut Reader, dataset: &dataset::Options, steps: Every) -> 
 
 /// The warm-up, as transformers reads the keys: `warmup_ratio` overrides `warmup_steps`, and a `warmup_steps` below 1
 /// is a share of all steps.
-fn warmup(reader: &mut Reader) -> Warmup {
+fn warmup(reader: &mut Reader, schedule: Schedule) -> Warmup {
     let steps = reader.number(Section::TrainingArguments, "warmup_steps");
     let ratio = reader.maybe_number(Section::TrainingArguments, "warmup_ratio");
+    for (key, asked) in [("warmup_steps", steps), ("warmup_ratio", ratio.unwrap_or(0.0))] {
+        let origin = reader.origin(Section::TrainingArguments, key);
+        if asked > 0.0 && schedule == Schedule::Constant {
+            reader.warn(format!(
+                "{origin}: TrainingArguments.{key} has no effect: lr_scheduler_type constant has no warm-up; \
+                 constant_with_warmup has one"
+            ));
+        } else if asked > 0.0 && key == "warmup_steps" && ratio.is_some() {
+            reader.warn(format!(
+                "{origin}: TrainingArguments.warmup_steps has no effect: warmup_ratio overrides it"
+            ));
+        }
+    }
     match ratio {
         Some(ratio) => Warmup::Ratio(ratio),
         None if steps > 0.0 && steps < 1.0 => Warmup::Ratio(steps),

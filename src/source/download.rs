@@ -17,7 +17,7 @@ use super::pace::Pace;
 use super::partial::Partial;
 use super::scheme::{self, Stores};
 use super::statement::Algorithm;
-use super::{describe, html, local};
+use super::{describe, html, local, split};
 use crate::backoff;
 use crate::fault::{Fault, Kind, Result};
 use crate::report::{Report, Stage, Task, Unit};
@@ -119,13 +119,12 @@ impl<'a> Downloads<'a> {
             true => local::matching(objects, path.trim_start_matches('/'), |object| {
                 percent_decoded(object.url.path())
             })?,
-            false => local::of_first_kind(
-                objects,
-                |object| object.name.clone(),
-                name,
-                self.options.endings,
-                self.report,
-            )?,
+            false => {
+                let names = |object: &scheme::Object| object.name.clone();
+                let found = local::of_first_kind(objects, names, name, self.options.endings, self.report)?;
+                split::tell_of_others(name, found.iter().map(|object| object.name.as_str()), self.report);
+                found
+            }
         };
         match expected {
             Some(_) if found.len() > 1 => Err(Fault::config(format!(

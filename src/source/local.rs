@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use super::hash;
 use super::options::{File, Source};
+use super::split;
 use crate::fault::{Fault, Kind, Result};
 use crate::plain;
 use crate::report::{Report, Stage, Unit};
@@ -100,7 +101,11 @@ impl Search<'_> {
         walk(folder, 0, &mut files)?;
         files.sort();
         let name = |file: &PathBuf| file.to_string_lossy().into_owned();
-        of_first_kind(files, name, &folder.display().to_string(), self.endings, self.report)
+        let shown = folder.display().to_string();
+        let files = of_first_kind(files, name, &shown, self.endings, self.report)?;
+        let below = files.iter().filter_map(|file| file.strip_prefix(folder).ok()?.to_str());
+        split::tell_of_others(&shown, below, self.report);
+        Ok(files)
     }
 }
 

@@ -22,6 +22,7 @@ mod parse;
 mod partial;
 mod redirect;
 mod statement;
+pub mod split;
 mod scheme;
 mod tls;
 

@@ -119,7 +119,10 @@ fn parse_path(text: &str) -> Result<Source> {
 
 fn digest(fragment: &str, name: &str) -> Result<String> {
     let Some(hex) = fragment.strip_prefix("sha256=") else {
-        return Err(Fault::config(format!("{name}: the text after `#` is not a digest")).help(DIGEST_HELP));
+        return Err(Fault::config(format!(
+            "{name}: the text after `#` is no digest, and no layout, weight, limit or name of a dataset"
+        ))
+        .help(DIGEST_HELP));
     };
     let hex = hex.to_ascii_lowercase();
     if !is_sha256(&hex) {

@@ -212,8 +212,16 @@ impl Spec {
         let place = Place { line: 1, column: 1 };
         let node = |content| Node { place, content };
         let quoted = |text: &String| node(Content::Scalar { text: text.clone(), style: Style::Quoted });
+        let is_text = keys::find(section, name).is_some_and(|key| matches!(key.kind, Type::Text));
+        let is_scalar = |node: &Option<Node>| {
+            node.as_ref().is_none_or(|node| matches!(node.content, Content::Scalar { .. }))
+        };
         let node = match &setting.written {
             Written::Text(text) => quoted(text),
+            // A text such as a chat template begins as a map of YAML would, and is none.
+            Written::Yaml(text) if is_text && !yaml::parse(text).is_ok_and(|node| is_scalar(&node)) => {
+                quoted(text)
+            }
             Written::Texts(texts) => node(Content::List(texts.iter().map(quoted).collect())),
             Written::Yaml(text) => match yaml::parse(text) {
                 Ok(parsed) => parsed

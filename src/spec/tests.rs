@@ -214,6 +214,24 @@ fn the_later_source_wins_and_is_named() {
 }
 
 #[test]
+fn a_setting_of_text_may_look_like_yaml() {
+    let template = "{% for m in messages %}{{ m.content }}{% endfor %}";
+    for (text, value) in
+        [(template, template), ("{{ messages }}", "{{ messages }}"), ("'a b'", "a b"), ("a: b", "a: b")]
+    {
+        let setting = Setting {
+            key: "ModelConfig.chat_template".into(),
+            written: Written::Yaml(text.into()),
+            origin: Origin::Flag("--set".into()),
+        };
+        let request = Request { settings: vec![setting], ..Request::default() };
+        let spec = gather(&request, &|_| None).unwrap();
+        let given = &spec.get(Section::ModelConfig, "chat_template").unwrap().value;
+        assert_eq!(*given, Value::Text(value.into()));
+    }
+}
+
+#[test]
 fn settings_are_refused_like_files() {
     let check = |key: &str, text: &str, expected: Expect| {
         let setting = Setting {

@@ -109,16 +109,21 @@ fn boolean(text: &str) -> Option<bool> {
     }
 }
 
-/// Reads a decimal integer, with YAML 1.1's underscores. A leading zero is refused, because YAML 1.1 reads the number
-/// as octal and 1.2 as decimal.
+/// Reads a decimal integer, with YAML 1.1's underscores.
 fn integer(text: &str) -> Option<i64> {
+    if is_octal(text) { None } else { text.replace('_', "").parse().ok() }
+}
+
+/// Returns whether a whole number has a leading zero. Such a number is refused, because YAML 1.1 reads it as octal and
+/// 1.2 as decimal.
+fn is_octal(text: &str) -> bool {
     let digits = text.trim_start_matches(['+', '-']);
-    let octal = digits.len() > 1 && digits.starts_with('0');
-    if octal { None } else { text.replace('_', "").parse().ok() }
+    digits.len() > 1 && digits.starts_with('0') && digits.chars().all(|c| c.is_ascii_digit() || c == '_')
 }
 
 fn number(text: &str) -> Option<f64> {
-    let starts_as_number = text.starts_with(|first: char| first.is_ascii_digit() || "+-.".contains(first));
+    let starts_as_number =
+        !is_octal(text) && text.starts_with(|first: char| first.is_ascii_digit() || "+-.".contains(first));
     let value: f64 = starts_as_number.then(|| text.replace('_', "").parse().ok()).flatten()?;
     value.is_finite().then_some(value)
 }
@@ -159,7 +164,11 @@ fn source(node: &Node) -> Result<Value, Refusal> {
                     format!("{} is not a key of a source: url or path, {}", entry.key, BESIDE.join(", ")),
                 );
             }
-            node.get("url").or_else(|| node.get("path"))
+            let given = |key| node.get(key).filter(|node| !node.is_null());
+            if let (Some(_), Some(path)) = (given("url"), given("path")) {
+                return refuse(path.place, "a source has a url or a path, found both".into());
+            }
+            given("url").or(given("path"))
         }
         _ => None,
     };
@@ -168,7 +177,7 @@ fn source(node: &Node) -> Result<Value, Refusal> {
     };
     let mut words = Vec::new();
     for key in BESIDE {
-        match node.get(key) {
+        match node.get(key).filter(|node| !node.is_null()) {
             None => {}
             Some(Node { content: Content::Scalar { text: word, .. }, .. }) => {
                 words.push(format!("{key}={word}"))
@@ -220,6 +229,8 @@ mod tests {
         check(NUMBER, ".5", expect!["0.5"]);
         check(NUMBER, "1_000.5", expect!["1000.5"]);
         check(NUMBER, "3", expect!["3.0"]);
+        check(NUMBER, "0.50", expect!["0.5"]);
+        check(NUMBER, "010", expect![[r#"6: expected a number from 0, found "010""#]]);
         check(NUMBER, ".inf", expect![[r#"6: expected a number from 0, found ".inf""#]]);
         check(NUMBER, "nan", expect![[r#"6: expected a number from 0, found "nan""#]]);
         check(NUMBER, "-1", expect![[r#"6: expected a number from 0, found "-1""#]]);
@@ -277,6 +288,12 @@ mod tests {
             "[a, {url: 'https://h/b', sha256: ff}]",
             expect![[r#"["a","https://h/b#sha256=ff"]"#]],
         );
+        check(
+            Type::Sources,
+            "{url: ~, path: a.csv, layout: ~, weight: null, limit: 2}",
+            expect![[r#"["a.csv#limit=2"]"#]],
+        );
+        check(Type::Sources, "{url: a, path: b}", expect!["21: a source has a url or a path, found both"]);
         check(
             Type::Sources,
             "{uri: a}",

@@ -44,6 +44,7 @@ impl Records {
         let mut first = Vec::new();
         read_line(&input, &mut reader, &mut first, 1)?;
         drop(reader);
+        refuse_lone_returns(&input, &first)?;
         let tabs = ending_of(&input.name).is_some_and(|ending| ending == "tsv");
         let used = DELIMITERS.into_iter().find(|delimiter| first.contains(delimiter));
         let delimiter = if tabs { b'\t' } else { used.unwrap_or(b',') };
@@ -117,6 +118,19 @@ impl Records {
     }
 }
 
+/// Refuses a file whose lines end with a carriage return alone: it would be one line, and its rows would be columns.
+fn refuse_lone_returns(input: &Input, header: &[u8]) -> Result<()> {
+    let header = header.strip_suffix(b"\r").unwrap_or(header);
+    if !header.contains(&b'\r') || header.contains(&b'"') {
+        return Ok(());
+    }
+    Err(Fault::data(format!(
+        "{}: line 1: carriage returns without line feeds; expected lines that end with \\n or \\r\\n",
+        input.name
+    ))
+    .help("save the file with the line ends of Unix or Windows"))
+}
+
 /// One record: the bytes of its values one after the other, without quotes.
 #[derive(Default)]
 struct Record {
@@ -183,7 +197,9 @@ impl<'a> Parser<'a> {
             if part.is_empty() {
                 return self.end_of_file(state, record).map(|()| true);
             }
-            let part = part.to_vec();
+            // A record ends at a line break at the latest, and the buffer is far longer than most records.
+            let line = part.iter().position(|&byte| byte == b'\n').map_or(part.len(), |end| end + 1);
+            let part = part[..line].to_vec();
             for &byte in &part {
                 taken += 1;
                 self.column += 1;
@@ -372,6 +388,13 @@ mod tests {
             expect![[r#"
             a.csv: line 2, column 4: text behind a closing quote
               help: a quote inside a quoted value is written twice"#]],
+        );
+        check(
+            "a.csv",
+            "a,b\r1,2\r3,4\r",
+            expect![[r#"
+            a.csv: line 1: carriage returns without line feeds; expected lines that end with \n or \r\n
+              help: save the file with the line ends of Unix or Windows"#]],
         );
         let fault = shown("a.csv", b"a,b\n1,\xff\n").unwrap_err();
         assert_eq!(fault.message, "a.csv: line 2: value 2 is not UTF-8 text");

@@ -7,6 +7,7 @@
 mod arrow;
 mod columns;
 mod csv;
+mod distinct;
 mod json;
 mod jsonl;
 mod packing;
@@ -118,7 +119,7 @@ fn choose(name: &str, head: &[u8], asked: Option<&str>, packing: Packing) -> Res
         let inside =
             if packing == Packing::None { String::new() } else { format!(" inside {}", packing.name()) };
         Fault::data(format!("not {} but {}{inside}", wanted.title, kind_of(head)))
-            .help("check the path or URL, and whether it needs a login")
+            .help(remedy(head).unwrap_or("check the path or URL, and whether it needs a login"))
     };
     match (wanted, by_head, named) {
         // KAITO also uses `json` for JSON lines.
@@ -146,12 +147,34 @@ fn choose(name: &str, head: &[u8], asked: Option<&str>, packing: Packing) -> Res
 fn unnamed(head: &[u8], text: &str) -> Result<&'static Container> {
     let json = [&jsonl::CONTAINER, &json::CONTAINER].into_iter().find(|kind| (kind.may_begin)(text));
     json.ok_or_else(|| {
-        Fault::data(format!("not a data file but {}", kind_of(head))).help(format!(
+        let told = format!(
             "expected {}; for a file whose name does not end so, DatasetConfig.dataset_extension names the container; \
              a page instead of data means a login",
             list_of_endings()
-        ))
+        );
+        Fault::data(format!("not a data file but {}", kind_of(head)))
+            .help(remedy(head).map_or(told, str::to_owned))
     })
+}
+
+/// The remedy for data that only needs another form.
+fn remedy(head: &[u8]) -> Option<&'static str> {
+    let begins = |starts: &[&[u8]]| starts.iter().any(|start| head.starts_with(start));
+    if begins(&[b"\xff\xfe", b"\xfe\xff"]) {
+        Some("save the file as UTF-8")
+    } else if begins(&[b"PK\x03\x04", b"\xfd7zXZ", b"BZh"]) || is_tar(head) {
+        Some("unpack it, and give the data files inside; a single data file may also be inside gzip or zstd")
+    } else if begins(&[b"FEA1"]) {
+        Some("write it as version 2, or as parquet")
+    } else {
+        None
+    }
+}
+
+/// Returns whether a head is that of a tar archive.
+fn is_tar(head: &[u8]) -> bool {
+    const MAGIC_AT: usize = 257;
+    head.get(MAGIC_AT..).is_some_and(|rest| rest.starts_with(b"ustar"))
 }
 
 fn list_of_endings() -> String {
@@ -192,6 +215,8 @@ fn kind_of(head: &[u8]) -> String {
         "an empty file"
     } else if text.starts_with("<!doctype html") || text.starts_with("<html") {
         "an HTML page"
+    } else if text.is_empty() {
+        "a file of blank lines"
     } else if text.starts_with("<?xml") || text.starts_with("<error") {
         "an XML document"
     } else if text.starts_with("version https://git-lfs") {
@@ -200,6 +225,8 @@ fn kind_of(head: &[u8]) -> String {
         "a parquet file"
     } else if begins(b"PK\x03\x04") {
         "a ZIP archive"
+    } else if is_tar(head) {
+        "a tar archive"
     } else if begins(b"\x1f\x8b") {
         "gzip data"
     } else if begins(b"\x28\xb5\x2f\xfd") {
@@ -264,8 +291,13 @@ mod tests {
 
     #[test]
     fn a_file_of_another_kind_is_called_by_its_name() {
-        let cases: [(&[u8], &str); 9] = [
+        let mut tar = [0; 512];
+        tar[..6].copy_from_slice(b"a.json");
+        tar[257..262].copy_from_slice(b"ustar");
+        let cases: [(&[u8], &str); 11] = [
             (b"", "an empty file"),
+            (b"\n \n", "a file of blank lines"),
+            (&tar, "a tar archive"),
             (b"\n<!DOCTYPE html><html>", "an HTML page"),
             (b"<html>", "an HTML page"),
             (b"{\"messages\": []}", "JSON"),

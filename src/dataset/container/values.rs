@@ -5,6 +5,7 @@
 //! once for the values.
 
 use super::columns::{Columns, Shape};
+use super::distinct;
 use super::packing::Input;
 use super::{BATCH_ROWS, OnBatch, Rows, indices};
 use crate::fault::{Fault, Result};
@@ -119,8 +120,7 @@ fn each_object(
         if count.is_multiple_of(1024) {
             interrupt::check()?;
         }
-        let value: Value =
-            serde_json::from_slice(piece.bytes).map_err(|error| not_json(input, &piece, &error))?;
+        let value = distinct::read(piece.bytes).map_err(|error| not_json(input, &piece, &error))?;
         if !value.is_object() {
             return Err(Fault::data(format!(
                 "{}: line {}, column {}: expected a row as an object of column names and values, found {}",
@@ -148,12 +148,29 @@ fn not_json(input: &Input, piece: &Piece, error: &serde_json::Error) -> Fault {
         0 | 1 => piece.column + (error.column() as u64).saturating_sub(1),
         _ => error.column() as u64,
     };
-    let found = match std::str::from_utf8(piece.bytes) {
-        Err(problem) => format!("not UTF-8 text (byte {} of the row)", problem.valid_up_to()),
-        Ok(_) => format!("not valid JSON: {told}"),
+    let (found, help) = match std::str::from_utf8(piece.bytes) {
+        Err(problem) => {
+            (format!("not UTF-8 text (byte {} of the row)", problem.valid_up_to()), "save the file as UTF-8")
+        }
+        Ok(text) => (format!("not valid JSON: {told}"), remedy(text, error, told)),
     };
-    Fault::data(format!("{}: line {line}, column {column}: {found}", input.name))
-        .help("correct this place, or export the file again")
+    Fault::data(format!("{}: line {line}, column {column}: {found}", input.name)).help(help)
+}
+
+/// The remedy for what Python's `json` writes and JSON does not have, or for any other mistake.
+fn remedy(text: &str, error: &serde_json::Error, told: &str) -> &'static str {
+    let line = text.lines().nth(error.line().saturating_sub(1)).unwrap_or_default();
+    let from = error.column().saturating_sub(2);
+    let near = line.get(from..).unwrap_or_default();
+    if ["NaN", "Infinity"].iter().any(|word| near.find(word).is_some_and(|at| at < 3)) {
+        "JSON has no NaN and no Infinity, which Python's json writes unless told allow_nan=False: write null"
+    } else if told.contains("surrogate") || told.contains("hex escape") {
+        "an escape from \\ud800 to \\udfff is half a character: the text was cut in the middle of one"
+    } else if told.ends_with("is there twice") {
+        "keep one of the two values"
+    } else {
+        "correct this place, or export the file again"
+    }
 }
 
 fn too_long(input: &Input, line: u64) -> Fault {

@@ -153,8 +153,9 @@ fn text(name: &str, value: Value) -> std::result::Result<String, String> {
 /// Returns the value; JSON text is parsed.
 fn parsed(name: &str, value: Value) -> std::result::Result<Value, String> {
     match value {
-        Value::String(text) => serde_json::from_str(&text)
-            .map_err(|error| format!("`{name}` is a text that is not JSON: {error}")),
+        Value::String(text) => {
+            json::of_text(&text).map_err(|problem| format!("`{name}` is a text that is {problem}"))
+        }
         other => Ok(other),
     }
 }

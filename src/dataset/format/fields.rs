@@ -1,6 +1,6 @@
 //! The closed list of a message's fields beside role and content: each is used, refused or not read.
 
-use super::sharegpt;
+use super::{json, sharegpt};
 use crate::dataset::Message;
 use serde_json::{Map, Value};
 
@@ -99,8 +99,9 @@ fn is_nothing(value: &Value) -> bool {
 /// A list of calls; JSON text of one is parsed.
 fn list(name: &str, value: Value) -> Result<Value, String> {
     let value = match value {
-        Value::String(text) => serde_json::from_str(&text)
-            .map_err(|error| format!("{name} is a text that is not JSON: {error}"))?,
+        Value::String(text) => {
+            json::of_text(&text).map_err(|problem| format!("{name} is a text that is {problem}"))?
+        }
         other => other,
     };
     match value {

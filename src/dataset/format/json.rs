@@ -13,6 +13,14 @@ use arrow::array::{
 use arrow::datatypes::DataType;
 use serde_json::{Map, Value};
 
+/// Reads a value that a column holds as JSON text. The error completes "a text that is".
+pub fn of_text(text: &str) -> std::result::Result<Value, String> {
+    serde_json::from_str(text).map_err(|error| match text.contains("{'") {
+        true => "Python's own notation and not JSON: write it with json.dumps".into(),
+        false => format!("not JSON: {error}"),
+    })
+}
+
 /// An array whose parts were cast once, so that reading a row needs no look at types.
 pub struct Column {
     nulls: ArrayRef,

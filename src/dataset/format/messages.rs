@@ -69,8 +69,8 @@ fn rows(arrays: &[ArrayRef], reading: &mut Reading) -> Result<Rows> {
 /// The messages of one row. The error says what is wrong with it.
 pub fn conversation(value: Value, reading: &mut Reading) -> std::result::Result<Vec<Message>, String> {
     let value = match value {
-        Value::String(text) => serde_json::from_str(&text)
-            .map_err(|error| format!("the list of messages is a text that is not JSON: {error}"))?,
+        Value::String(text) => json::of_text(&text)
+            .map_err(|problem| format!("the list of messages is a text that is {problem}"))?,
         other => other,
     };
     match value {
@@ -83,8 +83,9 @@ pub fn conversation(value: Value, reading: &mut Reading) -> std::result::Result<
 
 fn message(turn: Value, reading: &mut Reading) -> std::result::Result<Message, String> {
     let turn = match turn {
-        Value::String(text) if text.trim_start().starts_with('{') => serde_json::from_str(&text)
-            .map_err(|error| format!("a message is a text that is not JSON: {error}"))?,
+        Value::String(text) if text.trim_start().starts_with('{') => {
+            json::of_text(&text).map_err(|problem| format!("a message is a text that is {problem}"))?
+        }
         other => other,
     };
     let mut turn = match turn {

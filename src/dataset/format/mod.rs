@@ -15,9 +15,9 @@ use super::{Context, Conversation, Layout, Names, Options};
 use crate::fault::{Fault, Result};
 use crate::report::{Report, Stage};
 use arrow::array::ArrayRef;
-use arrow::datatypes::{Field, Schema};
+use arrow::datatypes::{DataType, Field, Schema};
 use companions::Companion;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// All formats, in order of preference if a file fits several.
 const FORMATS: [&Format; 13] = [
@@ -116,13 +116,20 @@ pub(super) struct Reading<'a> {
     pub parts_joined: u64,
     /// Empty turns of the user.
     pub empty_questions: u64,
+    /// Names of files without a row, beside files with rows.
+    pub empty_files: Vec<String>,
+    /// Keys that name columns, and those of them that some file's layout goes by.
+    keys: [BTreeSet<&'static str>; 2],
+    /// Whether a column `label` that nobody reads says true or false of each answer.
+    has_labels: bool,
 }
 
 impl<'a> Reading<'a> {
     /// Starts without findings.
     pub fn new(names: &'a Names) -> Reading<'a> {
-        let (columns, fields, idle) = Default::default();
-        Reading { names, columns, fields, idle, parts_joined: 0, empty_questions: 0 }
+        let (columns, fields, idle, empty_files) = Default::default();
+        let (parts_joined, empty_questions, has_labels, keys) = Default::default();
+        Reading { names, columns, fields, idle, parts_joined, empty_questions, empty_files, keys, has_labels }
     }
 
     fn column_not_read(&mut self, name: &str, names_the_row: bool) {
@@ -139,6 +146,42 @@ impl<'a> Reading<'a> {
 
     /// Reports the findings, one line for each kind.
     pub fn tell(&self, report: &Report) {
+        self.tell_of_columns(report);
+        let warn = |text: String| report.warn(Stage::Read, text);
+        if !self.empty_files.is_empty() {
+            const SHOWN_MAX: usize = 3;
+            let count = self.empty_files.len();
+            let names: Vec<&str> = self.empty_files.iter().take(SHOWN_MAX).map(String::as_str).collect();
+            let more = if count > SHOWN_MAX { ", ..." } else { "" };
+            warn(format!("{count} files hold no rows: {}{more}", names.join(", ")));
+        }
+        if !self.fields.is_empty() {
+            let list: Vec<String> =
+                self.fields.iter().map(|(name, count)| format!("`{name}` in {count}")).collect();
+            warn(format!(
+                "fields of messages that are not read, with the number of messages: {}",
+                list.join(", ")
+            ));
+        }
+        for (name, rows) in &self.idle {
+            warn(format!(
+                "`{name}` in {rows} rows has no effect: rows of plain text do not pass a chat template"
+            ));
+        }
+        if self.parts_joined > 0 {
+            let count = self.parts_joined;
+            warn(format!(
+                "{count} messages have a content of several parts: their texts are joined with nothing between"
+            ));
+        }
+        if self.empty_questions > 0 {
+            let count = self.empty_questions;
+            warn(format!("{count} turns of the user are empty and are shown as such"));
+        }
+    }
+
+    /// Reports the columns that are not read, and the keys that name none.
+    fn tell_of_columns(&self, report: &Report) {
         let names = |about: bool| {
             let list = self.columns.iter().filter(|(_, is_about)| **is_about == about);
             list.map(|(name, _)| format!("`{name}`")).collect::<Vec<_>>().join(", ")
@@ -147,38 +190,16 @@ impl<'a> Reading<'a> {
         if !about.is_empty() {
             report.note(Stage::Read, format!("columns that are not read: {about}"));
         }
+        let warn = |text: String| report.warn(Stage::Read, text);
         if !others.is_empty() {
-            report.warn(
-                Stage::Read,
-                format!("columns that are not read, so that nothing in them is learned: {others}"),
-            );
+            warn(format!("columns that are not read, so that nothing in them is learned: {others}"));
         }
-        if !self.fields.is_empty() {
-            let list: Vec<String> =
-                self.fields.iter().map(|(name, count)| format!("`{name}` in {count}")).collect();
-            report.warn(
-                Stage::Read,
-                format!(
-                    "fields of messages that are not read, with the number of messages: {}",
-                    list.join(", ")
-                ),
-            );
+        let [given, used] = &self.keys;
+        for key in given.difference(used) {
+            warn(format!("{key} has no effect: the layout of the rows has no such column"));
         }
-        for (name, rows) in &self.idle {
-            report.warn(
-                Stage::Read,
-                format!(
-                    "`{name}` in {rows} rows has no effect: rows of plain text do not pass a chat template"
-                ),
-            );
-        }
-        if self.parts_joined > 0 {
-            let count = self.parts_joined;
-            report.warn(Stage::Read, format!("{count} messages have a content of several parts: their texts are joined with nothing between"));
-        }
-        if self.empty_questions > 0 {
-            let count = self.empty_questions;
-            report.warn(Stage::Read, format!("{count} turns of the user are empty and are shown as such"));
+        if self.has_labels {
+            warn("if `label` says which answers are wanted (data for KTO), leave the other rows out: every answer is learned".into());
         }
     }
 }
@@ -195,13 +216,17 @@ pub(super) fn choose(
     let layout = layout.or(options.layout).or_else(|| layout_of_named_columns(options));
     let wanted: Vec<&'static Format> =
         FORMATS.into_iter().filter(|format| layout.is_none_or(|l| l == format.layout)).collect();
-    let mut problems = Vec::new();
+    let (mut problems, mut refused) = (Vec::new(), Vec::new());
     for format in &wanted {
-        let columns = match resolve(schema, format, options, layout)? {
+        if refused.contains(&format.layout) {
+            continue;
+        }
+        let columns = resolve(schema, format, options, layout)?;
+        // For each layout, the problem of its last, least demanding variant is reported.
+        problems.retain(|(layout, _)| *layout != format.layout);
+        let columns = match columns {
             Ok(columns) => columns,
             Err(problem) => {
-                // For each layout, the problem of its last, least demanding variant is reported.
-                problems.retain(|(layout, _)| *layout != format.layout);
                 problems.extend(problem.map(|problem| (format.layout, problem)));
                 continue;
             }
@@ -209,7 +234,14 @@ pub(super) fn choose(
         let fields: Vec<&Field> =
             columns.iter().map(|name| schema.field_with_name(name).expect("found there")).collect();
         match (format.refuses)(&fields) {
-            Some(problem) => problems.push((format.layout, problem)),
+            Some(problem) => {
+                // A less demanding variant would leave the column out, and so learn something else. A column
+                // that has only nulls is as good as none.
+                if !fields.iter().any(|field| field.data_type().is_null()) {
+                    refused.push(format.layout);
+                }
+                problems.push((format.layout, problem));
+            }
             None => return chosen(schema, format, options, columns, reading),
         }
     }
@@ -243,12 +275,24 @@ fn chosen(
     });
     for name in &columns {
         if schema.fields().iter().filter(|field| field.name() == name).count() > 1 {
-            return Err(Fault::data(format!("column `{name}` is there more than once")));
+            return Err(Fault::data(format!("column `{name}` is there more than once"))
+                .help("rename or remove one of the two columns"));
         }
     }
     companions::note_others(schema, &columns, reading);
+    let [given, used] = &mut reading.keys;
+    given.extend(keys_given(options));
+    used.extend(format.columns.iter().map(|column| column.key));
+    if format.layout == Layout::Text {
+        used.insert("DatasetConfig.response_column"); // It may name the text too.
+    }
+    reading.has_labels |= !columns.iter().any(|name| name == "label")
+        && schema.field_with_name("label").is_ok_and(|field| *field.data_type() == DataType::Boolean);
     Ok(Choice { format, columns, companions, group })
 }
+
+/// The beginning of the problem of a layout that lacks some of its columns.
+const PARTLY: &str = "there is";
 
 /// Returns the columns of a format in this schema. If only some are missing, it returns the problem to report. A
 /// column that the configuration names and the schema lacks is a fault.
@@ -276,7 +320,7 @@ fn resolve(
     let lacking = |column: &&Column| format!("`{}` (name it with {})", column.names[0], column.key);
     let lacking: Vec<String> = missing.iter().map(lacking).collect();
     let partly = (!found.is_empty())
-        .then(|| format!("there is `{}` but no {}", found.join("`, `"), lacking.join(", no ")));
+        .then(|| format!("{PARTLY} `{}` but no {}", found.join("`, `"), lacking.join(", no ")));
     Ok(Err(partly))
 }
 
@@ -296,6 +340,18 @@ fn named(schema: &Schema, name: &str, key: &str) -> Result<String> {
         ))
         .help(format!("correct {key}"))
     })
+}
+
+/// The keys with which the user names columns of layouts.
+fn keys_given(options: &Options) -> impl Iterator<Item = &'static str> {
+    let keys = [
+        ("DatasetConfig.messages_column", &options.messages_column),
+        ("DatasetConfig.context_column", &options.prompt_column),
+        ("DatasetConfig.response_column", &options.completion_column),
+        ("TrainingArguments.dataset_text_field", &options.text_column),
+        ("question_column", &options.question_column),
+    ];
+    keys.into_iter().filter(|(_, name)| name.is_some()).map(|(key, _)| key)
 }
 
 /// The layout that the columns named by the user imply.
@@ -340,10 +396,25 @@ fn unfit(schema: &Schema, wanted: &[&Format], problems: &[String]) -> Fault {
             keys.push(key);
         }
     }
+    if let (Some(chosen), Some(rejected)) = (find(schema, "chosen"), find(schema, "rejected")) {
+        return Fault::data(format!(
+            "`{chosen}` and `{rejected}` are pairs of a better and a worse answer, and preferences are not trained; \
+             columns found: {found}"
+        ))
+        .help(format!(
+            "to train on the better answers alone, set DatasetConfig.messages_column: {chosen} if they are lists of \
+             messages, or DatasetConfig.response_column: {chosen} if they are texts"
+        ));
+    }
     let rename = format!("rename the columns, or name them with {}", keys.join(", "));
     if !problems.is_empty() {
-        return Fault::data(format!("{}; columns found: {found}", problems.join("; ")))
-            .help(format!("change the column's type; if another column is meant, {rename}"));
+        let of_types = problems.iter().any(|problem| !problem.starts_with(PARTLY));
+        return Fault::data(format!("{}; columns found: {found}", problems.join("; "))).help(
+            match of_types {
+                true => format!("change the column's type; if another column is meant, {rename}"),
+                false => rename,
+            },
+        );
     }
     let mut expected: Vec<&str> = wanted.iter().map(|format| format.expects).collect();
     expected.dedup();

@@ -1,13 +1,14 @@
 //! Rows that are tokenized already: `input_ids`, with `labels` or a mask of learned tokens, and possibly an
 //! `attention_mask` that marks padding.
 //!
-//! Labels are those of transformers: -100 is not learned, and any other value repeats the token at its own place.
+//! A mask holds 0 and 1, or false and true. Labels are those of transformers: -100 is not learned, and any other
+//! value repeats the token at its own place.
 
 use super::super::{Conversation, Layout};
 use super::{Column, Format, Reading, Rows, column, json};
 use crate::fault::Result;
 use arrow::array::{Array, ArrayRef};
-use arrow::datatypes::Field;
+use arrow::datatypes::{DataType, Field};
 use serde_json::Value;
 
 const NOT_LEARNED: i64 = -100;
@@ -41,9 +42,16 @@ const fn format(columns: &'static [Column], rows: fn(&[ArrayRef], &mut Reading) 
 }
 
 fn refuses(fields: &[&Field]) -> Option<String> {
+    let is_mask = |field: &Field| {
+        let name = field.name();
+        [&MASK, &ATTENTION].iter().any(|mask| mask.names.iter().any(|known| name.eq_ignore_ascii_case(known)))
+    };
     let wrong = |field: &&&Field| {
         let item = column::element(field.data_type()).map(|item| item.data_type());
-        !column::is_string(field.data_type()) && !item.is_some_and(|kind| kind.is_integer() || kind.is_null())
+        let fits = |kind: &DataType| {
+            kind.is_integer() || kind.is_null() || (is_mask(field) && *kind == DataType::Boolean)
+        };
+        !column::is_string(field.data_type()) && !item.is_some_and(fits)
     };
     let field = fields.iter().find(wrong)?;
     let kind = column::kind(field.data_type());
@@ -104,12 +112,15 @@ fn rows(arrays: &[ArrayRef], learned: Option<Learned>, has_attention: bool) -> R
 /// Reads a list of whole numbers, or JSON text of one.
 fn numbers(value: Value, name: &str) -> std::result::Result<Vec<i64>, String> {
     let value = match value {
-        Value::String(text) => serde_json::from_str(&text)
-            .map_err(|error| format!("{name} is a text that is not JSON: {error}"))?,
+        Value::String(text) => {
+            json::of_text(&text).map_err(|problem| format!("{name} is a text that is {problem}"))?
+        }
         value => value,
     };
     let Value::Array(items) = value else { return Err(format!("{name} is null or no list")) };
-    let number =
-        |item: &Value| item.as_i64().ok_or_else(|| format!("{name} holds something else than whole numbers"));
+    let number = |item: &Value| match item.as_bool() {
+        Some(flag) if name != "input_ids" => Ok(i64::from(flag)),
+        _ => item.as_i64().ok_or_else(|| format!("{name} holds something else than whole numbers")),
+    };
     items.iter().map(number).collect()
 }
