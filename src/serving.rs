@@ -116,14 +116,20 @@ fn check_names(plan: &Serving, options: &Options) -> Result<()> {
         }
     }
     for (mix, parts) in &options.mixes {
-        for (part, _) in parts {
+        for (at, (part, _)) in parts.iter().enumerate() {
+            if parts[..at].iter().any(|(other, _)| other == part) {
+                return Err(Fault::usage(format!("--mix {mix}: {part:?} stands twice"))
+                    .help("give it once, with the sum of its strengths"));
+            }
             if !options.adapters.iter().any(|(name, _)| name == part) {
                 return Err(Fault::usage(format!("--mix {mix}: there is no adapter {part:?}"))
                     .help("name adapters that --adapter loads"));
             }
         }
     }
-    if let Some(default) = options.default.as_ref().filter(|default| !names.contains(default)) {
+    // A file of adapters may have it; the file is read later.
+    let missing = |default: &&String| !names.contains(default) && options.adapters_file.is_none();
+    if let Some(default) = options.default.as_ref().filter(missing) {
         return Err(Fault::usage(format!("--default {default}: there is no model of this name"))
             .help(format!("one of {}", names.into_iter().cloned().collect::<Vec<_>>().join(", "))));
     }

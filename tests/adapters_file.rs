@@ -190,6 +190,15 @@ fn a_file_of_adapters_is_followed() {
             "there is no adapter",
         ),
         (json!({"adapter": []}), "unknown field"),
+        (
+            json!({"adapters": [{"name": "x", "source": source}], "mixes": [{"name": "m", "adapters": []}]}),
+            "no adapters",
+        ),
+        (
+            json!({"adapters": [{"name": "x", "source": source}], "mixes": [{"name": "m", "adapters": [
+                {"name": "x", "strength": 1.0}, {"name": "x", "strength": 0.5}]}]}),
+            "stands twice",
+        ),
     ];
     for (wanted, part) in refused {
         let text = wanted.to_string();
@@ -219,4 +228,44 @@ fn a_file_of_adapters_is_followed() {
         std::thread::sleep(Duration::from_millis(200));
     }
     assert!(looked_at(&running, &text).0.contains(&"late".to_owned()));
+}
+
+/// The file neither takes a name that a flag gave, nor removes the one that `--default` names.
+#[test]
+fn a_file_of_adapters_leaves_flags_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("adapters.json");
+    let write = |text: &str| {
+        let new = folder.path().join("new");
+        std::fs::write(&new, text).unwrap();
+        std::fs::rename(&new, &file).unwrap();
+    };
+    let source = golden("final_adapter").display().to_string();
+    let chat = json!([{"name": "chat", "adapters": [{"name": "fixed", "strength": 0.5}]}]);
+    let first = json!({"mixes": chat}).to_string();
+    write(&first);
+    let fixed = format!("fixed={source}");
+    let flags = ["--adapters-file", file.to_str().unwrap(), "--adapter", &fixed, "--mix", "whole=fixed:1"];
+    let running = launch(&[&flags[..], &["--default", "chat"]].concat());
+    let ids: Vec<String> = ["tiny", "fixed", "whole", "chat"].map(String::from).to_vec();
+    assert_eq!(looked_at(&running, &first), (ids.clone(), "chat".into(), None));
+    let half = scores(&completion(&running, json!({})));
+    assert_eq!(half, scores(&completion(&running, json!({"model": "chat"}))));
+    let part = json!([{"name": "fixed", "strength": 0.5}]);
+    for (wanted, part) in [
+        (json!({"adapters": [{"name": "fixed", "source": source}], "mixes": chat}), "stands for two things"),
+        (json!({"mixes": [{"name": "whole", "adapters": part}, chat[0]]}), "stands for two things"),
+        (json!({}), "--default"),
+        (
+            json!({"mixes": [{"name": "chat", "adapters": [{"name": "whole", "strength": 1.0}]}]}),
+            "no adapter",
+        ),
+    ] {
+        let text = wanted.to_string();
+        write(&text);
+        let (now, default, why) = looked_at(&running, &text);
+        assert!(why.as_ref().is_some_and(|why| why.contains(part)), "{part}: {why:?}");
+        assert_eq!((now, default.as_str()), (ids.clone(), "chat"));
+        assert_eq!(half, scores(&completion(&running, json!({}))));
+    }
 }
