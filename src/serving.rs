@@ -106,6 +106,13 @@ fn check_names(plan: &Serving, options: &Options) -> Result<()> {
     let adapters = options.adapters.iter().map(|(name, _)| name);
     let names: Vec<&String> =
         [&plan.model_name].into_iter().chain(adapters).chain(options.mixes.iter().map(|(n, _)| n)).collect();
+    if plan.model_name.trim().is_empty() || plan.model_name.contains(char::is_control) {
+        return Err(Fault::usage(format!(
+            "--name {:?}: requests cannot name the base by it",
+            plan.model_name
+        ))
+        .help("give a name, or leave --name out: it is derived from MODEL"));
+    }
     for (at, name) in names.iter().enumerate() {
         if at > 0 && !server::is_name(name) {
             return Err(Fault::usage(format!("the name {name:?}: {}", server::NAME_RULE)));

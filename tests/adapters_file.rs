@@ -122,10 +122,26 @@ fn looked_at(running: &Running, text: &str) -> (Vec<String>, String, Option<Stri
 fn the_status_address_asks_for_no_key() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
     let source = format!("tuned={}", golden("final_adapter").display());
-    let mut running =
-        launch(&["--api-key", "secret", "--status", &free, "--adapter", &source, "--mix", "chat=tuned:0.5"]);
+    let mut running = launch(&[
+        "--api-key",
+        "secret\n",
+        "--status",
+        &free,
+        "--adapter",
+        &source,
+        "--mix",
+        "chat=tuned:0.5",
+    ]);
     let (status, body) = ask(&running, "/v1/models", &Value::Null);
     assert_eq!(status, 401, "{body}");
+    // A Secret's line break is no part of the key.
+    let mut stream = TcpStream::connect(&running.address).unwrap();
+    let head =
+        "GET /v1/models HTTP/1.1\r\nhost: h\r\nauthorization: Bearer secret\r\nconnection: close\r\n\r\n";
+    stream.write_all(head.as_bytes()).unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    assert!(text.starts_with("HTTP/1.1 200"), "{text}");
     running.address = free;
     let (status, body) = ask(&running, "/v1/models", &Value::Null);
     let models: Value = serde_json::from_str(&body).unwrap();

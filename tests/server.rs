@@ -1040,6 +1040,8 @@ fn mixes_change_only_where_allowed() {
     let parts = json!([{"name": "c", "strength": 0.25}, {"name": "b"}]);
     assert_eq!(post(&server, "/v1/mixes", json!({"name": "third", "adapters": parts})).status, 200);
     assert_eq!(asked("third"), [("c".into(), 0.25), ("b".into(), 1.0)]);
+    let mix = json!({"name": "both", "adapters": [{"name": "a", "strength": 0.3}]});
+    assert!(post(&server, "/v1/mixes", mix).body.contains("\"strength\":0.3,"), "as it was written");
     let entry = get(&server, "/v1/models/third").json();
     let part = &entry["adapters"][0];
     assert_eq!(

@@ -27,8 +27,10 @@ fn missing(name: &str) -> Error {
 /// A part of a mix with the digest of the adapter that is loaded now.
 pub fn part(model: &Model, part: &Strength) -> Value {
     let origin = model.named.origin(&part.name);
+    // As it was written: 0.3 is not 0.30000001192092896.
+    let strength: f64 = part.strength.to_string().parse().unwrap_or(part.strength.into());
     json!({
-        "name": part.name, "strength": part.strength, "digest": origin.digest, "source": origin.source,
+        "name": part.name, "strength": strength, "digest": origin.digest, "source": origin.source,
     })
 }
 
