@@ -436,9 +436,28 @@ fn the_memory_of_a_server_is_planned_ahead() {
     assert!(number(&other["terms"], "adapters") > 0);
     let (code, text, _) = plan(&["--serve", "preset:falcon-7b", "--gpu", "l4,h100", "--format", "json"]);
     assert_eq!((code, serde_json::from_str::<Value>(&text).unwrap().as_array().unwrap().len()), (0, 2));
+    // Cards are compared: one that is too small hides no other.
+    let both = ["--serve", "preset:llama-3.3-70b-instruct", "--gpu", "l4,h100"];
+    let (code, text, told) = plan(&both);
+    assert_eq!(code, 0, "{told}");
+    assert!(
+        text.contains("l4 does not fit: serving needs") && text.contains("may be used of h100"),
+        "{text}"
+    );
+    let list: Value = serde_json::from_str(&plan(&[&both[..], &["--format", "json"]].concat()).1).unwrap();
+    assert_eq!((&list[0]["machine"], &list[1]["machine"]), (&json!("l4"), &json!("h100")));
+    assert!(list[0]["does_not_fit"].as_str().unwrap().contains("serving needs"), "{list}");
     for (arguments, code, words) in [
         (&["--serve", "preset:falcon-40b", "--gpu", "t4"][..], CAPACITY, "bf16"),
         (&["--serve", "preset:falcon-40b", "--gpu", "l4"][..], CAPACITY, "would do"),
+        (
+            &["--serve", "preset:falcon-7b", "--gpu", "l4", "--set", "memory_max=1GiB"][..],
+            CAPACITY,
+            "raise memory_max",
+        ),
+        // A card that does not do is not the advice: it has 40 GiB, of which 38 may be used.
+        (&["--serve", "preset:llama-3.3-70b-instruct", "--gpu", "a100-40"][..], CAPACITY, "l40s would do"),
+        (&["--serve", "preset:llama-3.3-70b-instruct", "--gpu", "l4,a10"][..], CAPACITY, "may be used of l4"),
         (&["--serve", "hf://org/none", "--gpu", "l4"][..], 10, "a plan fetches nothing"),
         (&["--serve", "preset:falcon-7b", "--gpu", "l4", "--context", "4096"][..], 10, "made for 2048"),
     ] {
