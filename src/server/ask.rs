@@ -248,8 +248,6 @@ pub fn chat(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
     ask.ignored.extend(fields.unknown(&[&COMMON[..], &CHAT].concat()));
     ask.ignored.extend(unread(&fields, model)?);
     ask.offer = tools::offer(&fields)?;
-    // An answer of no tokens is none.
-    fields.size("max_completion_tokens", 1..=i64::MAX)?;
     if fields.flag("logprobs")?.unwrap_or(false) {
         ask.request.logprobs = Some(fields.size("top_logprobs", 0..=ALTERNATIVES_MAX)?.unwrap_or(0));
     } else if fields.size("top_logprobs", 0..=ALTERNATIVES_MAX)?.unwrap_or(0) > 0 {
@@ -440,18 +438,14 @@ fn common(fields: &Fields, model: &Model, form: Form, prompts: Vec<Prompt>) -> R
     response_format(fields)?;
     let stream = fields.flag("stream")?.unwrap_or(false);
     let (include_usage, ignored) = stream_options(fields, stream)?;
-    let prompt_logprobs = fields.size("prompt_logprobs", 0..=ALTERNATIVES_MAX)?;
-    if prompt_logprobs.is_some() && stream {
-        return Err(Error::field(
-            "prompt_logprobs",
-            "prompt_logprobs are not part of a stream; leave out stream, or ask /v1/completions for echo and logprobs",
-        ));
-    }
+    let prompt_logprobs = prompt_logprobs(fields, stream)?;
     let ignore_ends = fields.flag("ignore_eos")?.unwrap_or(false);
     let mut stop_tokens = if ignore_ends { Vec::new() } else { model.defaults.stop_tokens.clone() };
     stop_tokens.extend(few(fields.tokens("stop_token_ids")?, "stop_token_ids", STOP_TOKENS_MAX)?);
-    let asked = fields.size("max_completion_tokens", 0..=i64::MAX)?;
-    let asked = asked.or(fields.size("max_tokens", if form == Form::Chat { 1 } else { 0 }..=i64::MAX)?);
+    // A conversation's answer of no tokens is none.
+    let least = i64::from(form == Form::Chat);
+    let asked = fields.size("max_completion_tokens", least..=i64::MAX)?;
+    let asked = asked.or(fields.size("max_tokens", least..=i64::MAX)?);
     let legacy = (form == Form::Completion).then_some(16); // OpenAI's default of the older form.
     let max_tokens = room(model, &prompts, asked, model.defaults.max_tokens.or(legacy))?;
     let min_tokens = fields.size("min_tokens", 0..=i64::MAX)?.unwrap_or(0);
@@ -488,6 +482,17 @@ fn common(fields: &Fields, model: &Model, form: Form, prompts: Vec<Prompt>) -> R
         offer: None,
         ignored,
     })
+}
+
+/// Alternatives of each token of the prompt; a stream has no place for them.
+fn prompt_logprobs(fields: &Fields, stream: bool) -> Result<Option<usize>> {
+    match fields.size("prompt_logprobs", 0..=ALTERNATIVES_MAX)? {
+        Some(_) if stream => Err(Error::field(
+            "prompt_logprobs",
+            "prompt_logprobs are not part of a stream; leave out stream, or ask /v1/completions for echo and logprobs",
+        )),
+        asked => Ok(asked),
+    }
 }
 
 /// Whether a stream ends with the numbers of tokens, and the names of options without effect.
