@@ -106,6 +106,13 @@ fn check_names(plan: &Serving, options: &Options) -> Result<()> {
     let adapters = options.adapters.iter().map(|(name, _)| name);
     let names: Vec<&String> =
         [&plan.model_name].into_iter().chain(adapters).chain(options.mixes.iter().map(|(n, _)| n)).collect();
+    if plan.model_name.trim().is_empty() || plan.model_name.contains(char::is_control) {
+        return Err(Fault::usage(format!(
+            "--name {:?}: requests cannot name the base by it",
+            plan.model_name
+        ))
+        .help("give a name, or leave --name out: it is derived from MODEL"));
+    }
     for (at, name) in names.iter().enumerate() {
         if at > 0 && !server::is_name(name) {
             return Err(Fault::usage(format!("the name {name:?}: {}", server::NAME_RULE)));
@@ -116,14 +123,20 @@ fn check_names(plan: &Serving, options: &Options) -> Result<()> {
         }
     }
     for (mix, parts) in &options.mixes {
-        for (part, _) in parts {
+        for (at, (part, _)) in parts.iter().enumerate() {
+            if parts[..at].iter().any(|(other, _)| other == part) {
+                return Err(Fault::usage(format!("--mix {mix}: {part:?} stands twice"))
+                    .help("give it once, with the sum of its strengths"));
+            }
             if !options.adapters.iter().any(|(name, _)| name == part) {
                 return Err(Fault::usage(format!("--mix {mix}: there is no adapter {part:?}"))
                     .help("name adapters that --adapter loads"));
             }
         }
     }
-    if let Some(default) = options.default.as_ref().filter(|default| !names.contains(default)) {
+    // A file of adapters may have it; the file is read later.
+    let missing = |default: &&String| !names.contains(default) && options.adapters_file.is_none();
+    if let Some(default) = options.default.as_ref().filter(missing) {
         return Err(Fault::usage(format!("--default {default}: there is no model of this name"))
             .help(format!("one of {}", names.into_iter().cloned().collect::<Vec<_>>().join(", "))));
     }

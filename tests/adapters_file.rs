@@ -122,10 +122,26 @@ fn looked_at(running: &Running, text: &str) -> (Vec<String>, String, Option<Stri
 fn the_status_address_asks_for_no_key() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
     let source = format!("tuned={}", golden("final_adapter").display());
-    let mut running =
-        launch(&["--api-key", "secret", "--status", &free, "--adapter", &source, "--mix", "chat=tuned:0.5"]);
+    let mut running = launch(&[
+        "--api-key",
+        "secret\n",
+        "--status",
+        &free,
+        "--adapter",
+        &source,
+        "--mix",
+        "chat=tuned:0.5",
+    ]);
     let (status, body) = ask(&running, "/v1/models", &Value::Null);
     assert_eq!(status, 401, "{body}");
+    // A Secret's line break is no part of the key.
+    let mut stream = TcpStream::connect(&running.address).unwrap();
+    let head =
+        "GET /v1/models HTTP/1.1\r\nhost: h\r\nauthorization: Bearer secret\r\nconnection: close\r\n\r\n";
+    stream.write_all(head.as_bytes()).unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    assert!(text.starts_with("HTTP/1.1 200"), "{text}");
     running.address = free;
     let (status, body) = ask(&running, "/v1/models", &Value::Null);
     let models: Value = serde_json::from_str(&body).unwrap();
@@ -190,6 +206,15 @@ fn a_file_of_adapters_is_followed() {
             "there is no adapter",
         ),
         (json!({"adapter": []}), "unknown field"),
+        (
+            json!({"adapters": [{"name": "x", "source": source}], "mixes": [{"name": "m", "adapters": []}]}),
+            "no adapters",
+        ),
+        (
+            json!({"adapters": [{"name": "x", "source": source}], "mixes": [{"name": "m", "adapters": [
+                {"name": "x", "strength": 1.0}, {"name": "x", "strength": 0.5}]}]}),
+            "stands twice",
+        ),
     ];
     for (wanted, part) in refused {
         let text = wanted.to_string();
@@ -219,4 +244,44 @@ fn a_file_of_adapters_is_followed() {
         std::thread::sleep(Duration::from_millis(200));
     }
     assert!(looked_at(&running, &text).0.contains(&"late".to_owned()));
+}
+
+/// The file neither takes a name that a flag gave, nor removes the one that `--default` names.
+#[test]
+fn a_file_of_adapters_leaves_flags_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("adapters.json");
+    let write = |text: &str| {
+        let new = folder.path().join("new");
+        std::fs::write(&new, text).unwrap();
+        std::fs::rename(&new, &file).unwrap();
+    };
+    let source = golden("final_adapter").display().to_string();
+    let chat = json!([{"name": "chat", "adapters": [{"name": "fixed", "strength": 0.5}]}]);
+    let first = json!({"mixes": chat}).to_string();
+    write(&first);
+    let fixed = format!("fixed={source}");
+    let flags = ["--adapters-file", file.to_str().unwrap(), "--adapter", &fixed, "--mix", "whole=fixed:1"];
+    let running = launch(&[&flags[..], &["--default", "chat"]].concat());
+    let ids: Vec<String> = ["tiny", "fixed", "whole", "chat"].map(String::from).to_vec();
+    assert_eq!(looked_at(&running, &first), (ids.clone(), "chat".into(), None));
+    let half = scores(&completion(&running, json!({})));
+    assert_eq!(half, scores(&completion(&running, json!({"model": "chat"}))));
+    let part = json!([{"name": "fixed", "strength": 0.5}]);
+    for (wanted, part) in [
+        (json!({"adapters": [{"name": "fixed", "source": source}], "mixes": chat}), "stands for two things"),
+        (json!({"mixes": [{"name": "whole", "adapters": part}, chat[0]]}), "stands for two things"),
+        (json!({}), "--default"),
+        (
+            json!({"mixes": [{"name": "chat", "adapters": [{"name": "whole", "strength": 1.0}]}]}),
+            "no adapter",
+        ),
+    ] {
+        let text = wanted.to_string();
+        write(&text);
+        let (now, default, why) = looked_at(&running, &text);
+        assert!(why.as_ref().is_some_and(|why| why.contains(part)), "{part}: {why:?}");
+        assert_eq!((now, default.as_str()), (ids.clone(), "chat"));
+        assert_eq!(half, scores(&completion(&running, json!({}))));
+    }
 }

@@ -189,11 +189,15 @@ fn what_cannot_be_served_is_refused_before_it_loads() {
         (&["--adapter", "nothing"][..], 2, "NAME=SOURCE"),
         (&["--mix", "m=a"][..], 2, "NAME=A:STRENGTH"),
         (&["--mix", "m=a:0.5"][..], 2, "there is no adapter"),
+        (&["--adapter", "a=/none", "--mix", "m=a:0.5,a:0.2"][..], 2, "stands twice"),
         (&["--adapter", "a=/none", "--adapter", "a=/none"][..], 2, "stands for two things"),
         (&["--adapter", "a=/none"][..], 10, "no such folder"),
         (&["--context", "100000000"][..], 10, "the model was made for"),
         (&["--tls-chain", "x"][..], 2, "tls-key"),
         (&["--default", "x"][..], 2, "there is no model of this name"),
+        (&["--name", ""][..], 2, "requests cannot name the base"),
+        (&["--api-key", ""][..], 2, "--api-key (HONE_API_KEY) is empty"),
+        (&["--api-key", "schl\u{fc}ssel"][..], 2, "expected visible ASCII characters"),
         (&["--cache-type", "q8"][..], 2, "q8 is not supported"),
         (&["--set", "memory_max=1MiB"][..], CAPACITY, "serving needs at least"),
         (&["--cache-tokens", "100000000000"][..], CAPACITY, "would fit"),
@@ -432,9 +436,28 @@ fn the_memory_of_a_server_is_planned_ahead() {
     assert!(number(&other["terms"], "adapters") > 0);
     let (code, text, _) = plan(&["--serve", "preset:falcon-7b", "--gpu", "l4,h100", "--format", "json"]);
     assert_eq!((code, serde_json::from_str::<Value>(&text).unwrap().as_array().unwrap().len()), (0, 2));
+    // Cards are compared: one that is too small hides no other.
+    let both = ["--serve", "preset:llama-3.3-70b-instruct", "--gpu", "l4,h100"];
+    let (code, text, told) = plan(&both);
+    assert_eq!(code, 0, "{told}");
+    assert!(
+        text.contains("l4 does not fit: serving needs") && text.contains("may be used of h100"),
+        "{text}"
+    );
+    let list: Value = serde_json::from_str(&plan(&[&both[..], &["--format", "json"]].concat()).1).unwrap();
+    assert_eq!((&list[0]["machine"], &list[1]["machine"]), (&json!("l4"), &json!("h100")));
+    assert!(list[0]["does_not_fit"].as_str().unwrap().contains("serving needs"), "{list}");
     for (arguments, code, words) in [
         (&["--serve", "preset:falcon-40b", "--gpu", "t4"][..], CAPACITY, "bf16"),
         (&["--serve", "preset:falcon-40b", "--gpu", "l4"][..], CAPACITY, "would do"),
+        (
+            &["--serve", "preset:falcon-7b", "--gpu", "l4", "--set", "memory_max=1GiB"][..],
+            CAPACITY,
+            "raise memory_max",
+        ),
+        // A card that does not do is not the advice: it has 40 GiB, of which 38 may be used.
+        (&["--serve", "preset:llama-3.3-70b-instruct", "--gpu", "a100-40"][..], CAPACITY, "l40s would do"),
+        (&["--serve", "preset:llama-3.3-70b-instruct", "--gpu", "l4,a10"][..], CAPACITY, "may be used of l4"),
         (&["--serve", "hf://org/none", "--gpu", "l4"][..], 10, "a plan fetches nothing"),
         (&["--serve", "preset:falcon-7b", "--gpu", "l4", "--context", "4096"][..], 10, "made for 2048"),
     ] {

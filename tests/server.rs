@@ -108,7 +108,10 @@ fn say(request: &Request, words: &[u32], pause: Duration, broken: bool, sender: 
             break;
         }
     }
-    let usage = Usage { prompt_tokens: request.prompt.len(), cached_tokens: 0, generated_tokens: said };
+    // All but one token of the prompt were found.
+    let cached = request.prompt.len() - 1;
+    sender.set_cached(cached);
+    let usage = Usage { prompt_tokens: request.prompt.len(), cached_tokens: cached, generated_tokens: said };
     sender.send(Event::Finished(finish, usage))
 }
 
@@ -122,6 +125,7 @@ struct Setting {
     queue_max: usize,
     raw_chat: bool,
     changes: bool,
+    default: &'static str,
     words: &'static str,
     options: Options,
 }
@@ -134,6 +138,7 @@ impl Default for Setting {
             queue_max: 2000,
             raw_chat: false,
             changes: false,
+            default: "base",
             words: WORDS,
             options,
         }
@@ -177,7 +182,10 @@ fn start(setting: Setting) -> (Server, Arc<Scripted>) {
         tokenizer,
         chat,
         defaults,
-        named: Named::new(Some("base".into()), vec![("both".into(), vec![part("a", 0.75), part("b", 0.25)])]),
+        named: Named::new(
+            Some(setting.default.into()),
+            vec![("both".into(), vec![part("a", 0.75), part("b", 0.25)])],
+        ),
         raw_chat: setting.raw_chat,
         bring: setting.changes.then(|| -> Bring {
             let origin =
@@ -317,10 +325,23 @@ fn a_conversation_is_answered_whole_and_as_a_stream() {
 #[test]
 fn stops_limits_and_extensions_do_what_they_say() {
     let (server, engine) = start(Setting::default());
+    let tokenizer = Tokenizer::open(&model_folder()).unwrap();
     let ask = |more: Value| {
         post(&server, "/v1/chat/completions", with(question(), more)).json()["choices"][0].clone()
     };
-    assert_eq!(ask(json!({"stop": ["answer"]}))["message"]["content"], " Grüße 🙂, the ");
+    let stopped = ask(json!({"stop": ["swerve", "answer"]}));
+    assert_eq!(stopped["message"]["content"], " Grüße 🙂, the ");
+    assert_eq!((&stopped["finish_reason"], &stopped["stop_reason"]), (&json!("stop"), &json!("answer")));
+    let shown = ask(json!({"stop": ["nsw"], "include_stop_str_in_output": true}));
+    assert_eq!(shown["message"]["content"], " Grüße 🙂, the answ");
+    let comma = *engine.words.iter().find(|id| tokenizer.decode(&[**id], false) == ",").unwrap();
+    for (shown, text) in [(true, " Grüße 🙂,"), (false, " Grüße 🙂")] {
+        let stopped = ask(json!({"stop_token_ids": [comma], "include_stop_str_in_output": shown}));
+        assert_eq!((&stopped["message"]["content"], &stopped["stop_reason"]), (&json!(text), &json!(comma)));
+    }
+    // A stop string counts behind the tokens that are asked for anyway.
+    let later = ask(json!({"stop": ["e"], "min_tokens": engine.words.len() - 1}));
+    assert_eq!((&later["message"]["content"], &later["stop_reason"]), (&json!(SAID), &Value::Null));
     let short = ask(json!({"max_tokens": 3}));
     assert_eq!(short["finish_reason"], "length");
     let more = ask(json!({"ignore_eos": true, "max_tokens": 60, "min_tokens": 60, "return_token_ids": true}));
@@ -341,7 +362,6 @@ fn stops_limits_and_extensions_do_what_they_say() {
     let tools = json!([{"type": "function", "function": {"name": "look", "parameters": {}}}]);
     ask(json!({"tools": tools, "temperature": 0, "logit_bias": {"5": -100}, "top_k": -1}));
     let seen = engine.seen.lock().unwrap().last().unwrap().clone();
-    let tokenizer = Tokenizer::open(&model_folder()).unwrap();
     assert!(tokenizer.decode(&seen.prompt, false).contains("[look]"));
     assert_eq!(
         (seen.sampling.temperature, seen.sampling.bias, seen.sampling.top_k),
@@ -432,6 +452,27 @@ fn completions_take_every_form_of_prompt_and_echo_with_log_probabilities() {
         assert_eq!(list.len(), choices);
         assert!(list.iter().enumerate().all(|(at, choice)| choice["index"] == at && choice["text"] == SAID));
     }
+    // A prompt counts once, however many choices it has.
+    let asked = json!({"prompt": [ids, ids], "n": 3, "max_tokens": 2});
+    let streamed = with(asked.clone(), json!({"stream": true, "stream_options": {"include_usage": true}}));
+    let last = post(&server, "/v1/completions", streamed).events().pop().unwrap();
+    for usage in [&ask(asked)["usage"], &last["usage"]] {
+        let cached = &usage["prompt_tokens_details"]["cached_tokens"];
+        assert_eq!(usage["prompt_tokens"], 2 * ids.len(), "{usage}");
+        assert_eq!(
+            (cached, &usage["completion_tokens"]),
+            (&json!(2 * (ids.len() - 1)), &json!(12)),
+            "{usage}"
+        );
+    }
+    // Each list of log-probabilities has as many alternatives as were asked for it.
+    let asked = json!({"prompt": ids, "max_tokens": 1, "echo": true, "logprobs": 1, "prompt_logprobs": 2});
+    let choice = ask(asked)["choices"][0].clone();
+    assert_eq!(choice["logprobs"]["top_logprobs"][1].as_object().unwrap().len(), 1, "{choice}");
+    let beside = choice["prompt_logprobs"].as_array().unwrap();
+    assert_eq!((beside.len(), beside[0]["top_logprobs"].as_array().unwrap().len()), (ids.len() - 1, 2));
+    let alone = ask(json!({"prompt": ids, "max_tokens": 1, "echo": true, "prompt_logprobs": 0}));
+    assert!(alone["choices"][0]["logprobs"].is_null() && alone["choices"][0]["prompt_logprobs"].is_array());
     // The request of lm-evaluation-harness.
     let answer = ask(
         json!({"prompt": [ids], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": true}),
@@ -472,6 +513,16 @@ fn kaitos_chat_answers_as_v0_3_did_but_through_the_template() {
     let seen = engine.seen.lock().unwrap().last().unwrap().clone();
     assert_eq!((seen.sampling.top_k, seen.max_tokens), (10, 200 - seen.prompt.len()));
     assert_eq!(post(&raw, "/chat", json!({"prompt": "x", "generate_kwargs": {"num_beams": 4}})).status, 400);
+    for more in [
+        json!({"clean_up_tokenization_spaces": true}),
+        json!({"generate_kwargs": {"num_return_sequences": 2}}),
+    ] {
+        assert_eq!(post(&raw, "/chat", with(json!({"prompt": "x"}), more)).status, 400);
+    }
+    // One of two questions is answered, and a template's text is not shown.
+    let both = json!({"prompt": "x", "messages": [], "return_full_text": true});
+    let reply = post(&server, "/chat", both);
+    assert!(reply.head.contains("x-ignored-fields: return_full_text,messages"), "{}", reply.head);
 }
 
 /// The status, the field and a word of the message of everything that is wrong.
@@ -498,6 +549,11 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
         (json!({"messages": [{"role": "user", "content": long}]}), 400, "", "context length is 300"),
         (json!({"max_tokens": 0}), 400, "max_tokens", "from 1"),
         (json!({"max_tokens": -1}), 400, "max_tokens", "from 1"),
+        (json!({"max_completion_tokens": 0}), 400, "max_completion_tokens", "from 1"),
+        (json!({"stream_options": {"include_usage": true}}), 400, "stream_options", "needs stream"),
+        (json!({"stream": true, "prompt_logprobs": 1}), 400, "prompt_logprobs", "not part of a stream"),
+        (json!({"adapters": [{"name": "a", "strenght": 0.5}]}), 400, "adapters", "`strenght` is unknown"),
+        (json!({"reasoning_effort": 3}), 400, "reasoning_effort", "a string"),
         (json!({"max_tokens": 1_000_000_000}), 400, "", "context length"),
         (json!({"max_tokens": "10"}), 400, "max_tokens", "whole number"),
         (json!({"temperature": -1}), 400, "temperature", "from 0 to 2"),
@@ -602,6 +658,14 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
         ignored.contains("sparkle") && ignored.contains("gl?ck") && !ignored.contains("none"),
         "{ignored}"
     );
+    // So are fields that the chat template has no place for, and options of a stream. This one has a place for tools.
+    let tools = json!([{"type": "function", "function": {"name": "look"}}]);
+    let more = json!({"tools": tools, "documents": [{"text": "x"}], "reasoning_effort": "low", "stream": true,
+        "chat_template_kwargs": {"enable_thinking": false, "tools": null}, "stream_options": {"sparkle": true}});
+    let reply = post(&server, chat, with(question(), more));
+    let ignored = reply.head.lines().find_map(|line| line.strip_prefix("x-ignored-fields: ")).unwrap();
+    let expected = "stream_options.sparkle,documents,reasoning_effort,chat_template_kwargs.enable_thinking";
+    assert_eq!(ignored, expected);
     let asked = json!({"prompt": "x", "generate_kwargs": {"max_new_tokens": 2, "sparkle": 1}, "glow": 1});
     let reply = post(&server, "/chat", asked);
     assert!(reply.head.contains("x-ignored-fields: glow,generate_kwargs.sparkle"), "{}", reply.head);
@@ -913,6 +977,11 @@ fn a_key_is_asked_for_and_probes_need_none() {
     };
     assert_eq!((ask("secret").status, ask("secrets").status, ask("").status), (200, 401, 401));
     assert_eq!(ask("x").json()["error"]["code"], "invalid_api_key");
+    assert!(ask("x").head.contains("www-authenticate: Bearer"), "{}", ask("x").head);
+    // The scheme's name has no case.
+    let head =
+        "GET /v1/models HTTP/1.1\r\nhost: h\r\nauthorization: bearer secret\r\nconnection: close\r\n\r\n";
+    assert_eq!(send(server.address(), head.as_bytes()).status, 200);
     assert_eq!(post(&server, "/chat", json!({"prompt": "x"})).status, 401);
     for path in ["/", "/health", "/readyz", "/metrics"] {
         assert_eq!(get(&server, path).status, 200, "{path}");
@@ -936,6 +1005,21 @@ fn adapters_change_only_where_allowed() {
     assert_eq!((unload("c"), unload("c"), unload("a")), (200, 404, 400));
 }
 
+/// The name that answers requests without a model stays: all of them would fail.
+#[test]
+fn the_default_is_not_removed() {
+    let (server, _) = start(Setting { changes: true, default: "both", ..Setting::default() });
+    let delete = "DELETE /v1/mixes/both HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n";
+    let reply = send(server.address(), delete.as_bytes());
+    assert!(reply.status == 400 && reply.body.contains("--default"), "{}", reply.body);
+    let (server, _) = start(Setting { changes: true, default: "c", ..Setting::default() });
+    let load = json!({"lora_name": "c", "lora_path": "/x/c"});
+    assert_eq!(post(&server, "/v1/load_lora_adapter", load).status, 200);
+    let reply = post(&server, "/v1/unload_lora_adapter", json!({"lora_name": "c"}));
+    assert!(reply.status == 400 && reply.body.contains("--default"), "{}", reply.body);
+    assert_eq!(post(&server, "/chat", json!({"prompt": "x"})).status, 200);
+}
+
 /// A mix is made, changed and removed while the server runs, and `/v1/models` says what answers.
 #[test]
 fn mixes_change_only_where_allowed() {
@@ -956,6 +1040,8 @@ fn mixes_change_only_where_allowed() {
     let parts = json!([{"name": "c", "strength": 0.25}, {"name": "b"}]);
     assert_eq!(post(&server, "/v1/mixes", json!({"name": "third", "adapters": parts})).status, 200);
     assert_eq!(asked("third"), [("c".into(), 0.25), ("b".into(), 1.0)]);
+    let mix = json!({"name": "both", "adapters": [{"name": "a", "strength": 0.3}]});
+    assert!(post(&server, "/v1/mixes", mix).body.contains("\"strength\":0.3,"), "as it was written");
     let entry = get(&server, "/v1/models/third").json();
     let part = &entry["adapters"][0];
     assert_eq!(
@@ -973,6 +1059,8 @@ fn mixes_change_only_where_allowed() {
         (json!({"name": "base", "adapters": [{"name": "a"}]}), 400, "name"),
         (json!({"name": "a", "adapters": [{"name": "b"}]}), 400, "name"),
         (json!({"name": "x", "adapters": [{"name": "z"}]}), 404, "adapters"),
+        (json!({"name": "x", "adapters": [{"name": "a", "weight": 0.5}]}), 400, "adapters"),
+        (json!({"name": "x", "adapters": [{"name": "a"}], "strength": 0.5}), 400, "strength"),
         (json!({"name": "x", "adapters": [{"name": "a", "strength": 99}]}), 400, "adapters.strength"),
     ] {
         let reply = post(&server, "/v1/mixes", body.clone());
@@ -994,6 +1082,21 @@ fn small_routes() {
     let text = post(&server, "/detokenize", json!({"tokens": tokens["tokens"]})).json();
     assert_eq!(text["prompt"], "one two");
     assert_eq!(post(&server, "/detokenize", json!({"tokens": [99_999_999]})).status, 400);
+    assert_eq!(post(&server, "/tokenize", json!({"prompt": "x", "model": "none"})).status, 404);
+    let reply = post(&server, "/tokenize", json!({"prompt": "x", "model": "both", "sparkle": 1}));
+    assert!(reply.status == 200 && reply.head.contains("x-ignored-fields: sparkle"), "{}", reply.head);
+    // A name in an address may be encoded.
+    assert_eq!(get(&server, "/v1/models/%62oth").json()["id"], "both");
+    for (name, status) in [("%62oth%", 404), ("%2", 404), ("%+62oth", 404), ("%ff", 404)] {
+        assert_eq!(get(&server, &format!("/v1/models/{name}")).status, status, "{name}");
+    }
+    for (path, methods) in
+        [("/v1/chat/completions", "POST"), ("/v1/mixes/x", "DELETE"), ("/tokenize", "POST")]
+    {
+        let reply = get(&server, path);
+        assert_eq!(reply.status, 405, "{path}");
+        assert!(reply.head.contains(&format!("allow: {methods}")), "{}", reply.head);
+    }
     let info = get(&server, "/tokenizer_info").json();
     assert!(
         info["eos_token"].is_string() && info["chat_template"].as_str().unwrap().contains("messages"),

@@ -1162,6 +1162,30 @@ fn files_that_cannot_be_rendered() {
     .assert_eq(&told("kind: Workspace\nresource: {instanceTypo: x}\n"));
 }
 
+/// Fields of KAITO that change nothing here are told, for what tunes and for what serves.
+#[test]
+fn fields_without_effect_are_told() {
+    let told = |rest: &str| {
+        let head = "apiVersion: kaito.sh/v1beta1\nkind: Workspace\nmetadata: {name: w}\nresource:\n  \
+                    labelSelector: {matchLabels: {apps: w}}\n  preferredNodes: [n1]\n";
+        let output = hone(&["render", "-f", "-"], &format!("{head}{rest}"));
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let preset = |more: &str| format!("{{name: phi-4, accessMode: private{more}}}");
+    let tuning = "method: qlora\n  input: {urls: [\"https://h.example/a.parquet\"]}\n  output: {volumeSource: {emptyDir: {}}}\n";
+    for (place, text) in [
+        ("tuning", format!("tuning:\n  preset: {}\n  {tuning}", preset(""))),
+        ("inference", format!("inference:\n  preset: {}\n", preset(""))),
+    ] {
+        let told = told(&text);
+        assert!(told.contains("resource.preferredNodes has no effect"), "{told}");
+        assert!(told.contains(&format!("{place}.preset.accessMode private has no effect")), "{told}");
+    }
+    let text = format!("inference:\n  preset: {}\n", preset(", presetOptions: {image: h.example/phi:1}"));
+    assert!(!told(&text).contains("accessMode"), "{}", told(&text));
+}
+
 fn hone(arguments: &[&str], input: &str) -> Output {
     use std::io::Write;
     let mut child = Command::new(env!("CARGO_BIN_EXE_hone"))

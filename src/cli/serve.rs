@@ -80,6 +80,22 @@ pub(super) struct Serve {
     set: Vec<String>,
 }
 
+/// A key as a header can hold it. Files and Secrets often end with a line break, which is no part of it.
+fn key(text: &str) -> Result<String, String> {
+    let key = text.trim();
+    // An empty Secret must not leave the server open.
+    if key.is_empty() {
+        return Err("--api-key (HONE_API_KEY) is empty: give a key, or remove it to serve without one".into());
+    }
+    match key.chars().all(|c| c == ' ' || c.is_ascii_graphic()) {
+        true => Ok(key.to_owned()),
+        false => {
+            Err("--api-key (HONE_API_KEY): expected visible ASCII characters, since it is sent in a header"
+                .into())
+        }
+    }
+}
+
 impl Serve {
     pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, String> {
         let request = self.request(matches)?;
@@ -110,6 +126,7 @@ impl Serve {
             let strength = strength.parse::<f32>().ok().filter(|s| (-16.0..=16.0).contains(s))?;
             Some((name.to_owned(), strength))
         };
+        let key = self.api_key.as_deref().map(key).transpose()?;
         let adapters = self.adapter.iter().map(|text| pair("adapter", text, "NAME=SOURCE"));
         let mut mixes = Vec::new();
         for text in &self.mix {
@@ -132,7 +149,7 @@ impl Serve {
             server: crate::server::Options {
                 listen: self.listen,
                 tls: self.tls_chain.zip(self.tls_key),
-                key: self.api_key.filter(|key| !key.is_empty()),
+                key,
                 ..crate::server::Options::default()
             },
         })

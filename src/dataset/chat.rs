@@ -15,6 +15,8 @@ const RENDERING_BYTES_MAX: usize = 4 << 30;
 pub struct Chat {
     template: Template,
     source: String,
+    /// Text of the template for conversations with tools.
+    tools_source: String,
     /// The model's own template for conversations with tools, if it has another one.
     with_tools: Option<Template>,
 }
@@ -35,13 +37,20 @@ impl Chat {
             Some(_) => compiled(text, tokenizer, Kind::Config, "the chat template that was given"),
             None => compiled(text, tokenizer, Kind::Model, "the model's chat template"),
         };
-        let with_tools = tokenizer.tool_template().filter(|_| source.is_none()).map(compile).transpose()?;
-        Ok(Some(Chat { template: compile(text)?, source: text.to_owned(), with_tools }))
+        let tools_source = tokenizer.tool_template().filter(|_| source.is_none());
+        let with_tools = tools_source.map(compile).transpose()?;
+        let tools_source = tools_source.unwrap_or_default().to_owned();
+        Ok(Some(Chat { template: compile(text)?, source: text.to_owned(), tools_source, with_tools }))
     }
 
     /// The template's Jinja text.
     pub fn source(&self) -> &str {
         &self.source
+    }
+
+    /// Returns whether a template may use the variable: its text has the name.
+    pub fn reads(&self, variable: &str) -> bool {
+        [&self.source, &self.tools_source].into_iter().any(|text| text.contains(variable))
     }
 
     /// Renders a text as `apply_chat_template(**context, tokenize=False)` does. The context holds `messages`,

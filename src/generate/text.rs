@@ -77,34 +77,51 @@ impl Detokenizer {
 pub struct Stops {
     strings: Vec<String>,
     held: String,
+    /// Bytes of `held` in which no stop string may end.
+    free: usize,
 }
 
-/// The text that may be shown, and whether a stop string ended it.
+/// The text that may be shown, and the stop string that ended it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Shown {
     /// Text that may be shown now.
     pub text: String,
-    /// Whether a stop string ended the text.
-    pub stopped: bool,
+    /// The stop string behind the text, which it ended.
+    pub stop: Option<String>,
 }
 
 impl Stops {
     /// Looks for these strings.
     pub fn new(strings: Vec<String>) -> Stops {
-        Stops { strings, held: String::new() }
+        Stops { strings, held: String::new(), free: 0 }
     }
 
     /// The first stop string that the text has ends it; it is not shown itself.
     pub fn push(&mut self, text: &str) -> Shown {
         self.held.push_str(text);
-        let first = self.strings.iter().filter_map(|stop| self.held.find(stop.as_str())).min();
-        if let Some(at) = first {
+        let found = |stop: &String| Some((self.find(stop)?, stop.clone()));
+        let first = self.strings.iter().filter_map(found).min_by_key(|(at, _)| *at);
+        if let Some((at, stop)) = first {
             self.held.truncate(at);
-            return Shown { text: std::mem::take(&mut self.held), stopped: true };
+            return Shown { text: std::mem::take(&mut self.held), stop: Some(stop) };
         }
         let waits = self.strings.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0);
         let rest = self.held.split_off(self.held.len() - waits);
-        Shown { text: std::mem::replace(&mut self.held, rest), stopped: false }
+        self.free = self.free.saturating_sub(self.held.len());
+        Shown { text: std::mem::replace(&mut self.held, rest), stop: None }
+    }
+
+    /// The same for text in which no stop string may end: `min_tokens` asks for more. One that begins in it counts.
+    pub fn push_free(&mut self, text: &str) -> Shown {
+        self.free = self.held.len() + text.len();
+        self.push(text)
+    }
+
+    /// The place of a stop string that ends behind the free text.
+    fn find(&self, stop: &str) -> Option<usize> {
+        let start = self.free.saturating_sub(stop.len().saturating_sub(1));
+        let start = (start..=self.held.len()).find(|&at| self.held.is_char_boundary(at))?;
+        self.held[start..].find(stop).map(|at| start + at)
     }
 
     /// The text that was held back until the end.
@@ -138,7 +155,7 @@ mod tests {
         for part in parts {
             let now = stops.push(part);
             shown.push(now.text);
-            if now.stopped {
+            if now.stop.is_some() {
                 return (shown, String::new(), true);
             }
         }
@@ -155,6 +172,34 @@ mod tests {
         assert_eq!(all(&["é!"], &["a\u{e9}", "?"]), (text(&["a", "é?"]), "".into(), false));
         assert_eq!(all(&["aab"], &["aa", "ab"]), (text(&["", "a"]), "".into(), true));
         assert_eq!(all(&[], &["a"]), (text(&["a"]), "".into(), false));
+    }
+
+    /// The earliest one ends the text, and of two at one place the first of the list.
+    #[test]
+    fn the_stop_string_is_named() {
+        let stop = |stops: &[&str], text: &str| {
+            let mut stops = Stops::new(stops.iter().map(|stop| stop.to_string()).collect());
+            stops.push(text).stop
+        };
+        assert_eq!(stop(&["c", "b"], "abc").as_deref(), Some("b"));
+        assert_eq!(stop(&["bc", "b"], "abc").as_deref(), Some("bc"));
+        assert_eq!(stop(&["x"], "abc"), None);
+    }
+
+    #[test]
+    fn no_stop_string_ends_in_the_text_that_is_asked_for_anyway() {
+        let run = |stop: &str, free: &[&str], then: &str| {
+            let mut stops = Stops::new(vec![stop.to_owned()]);
+            let mut text: String = free.iter().map(|part| stops.push_free(part).text).collect();
+            let last = stops.push(then);
+            text += &last.text;
+            (text, last.stop.is_some())
+        };
+        assert_eq!(run("b", &["ab", "b"], "cb"), ("abbc".into(), true));
+        assert_eq!(run("bc", &["abc", "ab"], "cd"), ("abca".into(), true));
+        assert_eq!(run("bc", &["abc"], "d"), ("abcd".into(), false));
+        assert_eq!(run("aa", &["aa"], "a"), ("a".into(), true));
+        assert_eq!(run("\u{e9}b", &["\u{e9}b\u{e9}"], "b"), ("\u{e9}b".into(), true));
     }
 
     /// Every golden model's tokenizer: the parts together are the whole, and no part ends within a character.

@@ -2,7 +2,7 @@
 
 use crate::fault::{Fault, Kind, Result};
 
-use super::machine::{Limit, Machine, Place, Rates};
+use super::machine::{Limit, Machine, Place, Rates, SHARE_OF_GPU};
 
 /// A GPU as a process finds it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -218,9 +218,10 @@ pub fn cpu_rates(threads: usize) -> Rates {
     Rates { matrix: 150e9 * threads, copy, link: 10e9, peer: 1e9, measured: false }
 }
 
-/// The cards that can train and have at least `bytes` of memory, smallest first.
+/// The cards that can train and of which at least `bytes` may be used, smallest first.
 pub fn at_least(bytes: u64) -> impl Iterator<Item = &'static Card> {
-    CARDS.iter().filter(move |card| card.matrix.is_some() && card.bytes() >= bytes)
+    let usable = |card: &Card| (card.bytes() as f64 * SHARE_OF_GPU) as u64;
+    CARDS.iter().filter(move |card| card.matrix.is_some() && usable(card) >= bytes)
 }
 
 #[cfg(test)]

@@ -69,7 +69,7 @@ pub enum Limit {
 }
 
 /// Share of the free memory that a plan takes by default. Other processes may need the rest.
-const SHARE_OF_GPU: f64 = 0.96;
+pub(super) const SHARE_OF_GPU: f64 = 0.96;
 const SHARE_OF_CPU: f64 = 0.9;
 
 impl Limit {

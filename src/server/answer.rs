@@ -75,7 +75,8 @@ impl Context {
         })
     }
 
-    fn logprobs(&self, scored: &[Scored]) -> Value {
+    /// The form of `chat.completion`, with at most so many alternatives of each token.
+    fn logprobs(&self, scored: &[Scored], most: usize) -> Value {
         let entry = |token: u32, logprob: f32| {
             json!({
                 "token": token_name(&self.model.tokenizer, token),
@@ -85,7 +86,8 @@ impl Context {
         };
         let one = |scored: &Scored| {
             let mut one = entry(scored.token, scored.logprob);
-            one["top_logprobs"] = scored.top.iter().map(|&(token, logprob)| entry(token, logprob)).collect();
+            let top = scored.top.iter().take(most);
+            one["top_logprobs"] = top.map(|&(token, logprob)| entry(token, logprob)).collect();
             one
         };
         json!({"content": scored.iter().map(one).collect::<Vec<_>>()})
@@ -101,8 +103,9 @@ async fn next(speaker: &mut Speaker, stop: &Stop) -> Piece {
 }
 
 /// The older form's four lists, which grow token by token.
-#[derive(Default)]
 struct Legacy {
+    /// Alternatives of each token.
+    most: usize,
     tokens: Vec<String>,
     token_logprobs: Vec<Option<f32>>,
     top_logprobs: Vec<Value>,
@@ -111,11 +114,22 @@ struct Legacy {
 }
 
 impl Legacy {
+    fn new(most: Option<usize>) -> Legacy {
+        Legacy {
+            most: most.unwrap_or(0),
+            tokens: Vec::new(),
+            token_logprobs: Vec::new(),
+            top_logprobs: Vec::new(),
+            text_offset: Vec::new(),
+            offset: 0,
+        }
+    }
+
     fn push(&mut self, model: &Model, token: u32, scored: Option<&Scored>) {
         let name = token_name(&model.tokenizer, token);
         let length = String::from_utf8_lossy(&model.tokenizer.token_bytes(token)).chars().count();
         let mut top = Map::new();
-        for (token, logprob) in scored.iter().flat_map(|scored| &scored.top) {
+        for (token, logprob) in scored.iter().flat_map(|scored| scored.top.iter().take(self.most)) {
             // Two tokens may have one text: the more probable comes first and stays.
             top.entry(token_name(&model.tokenizer, *token)).or_insert(json!(logprob));
         }
@@ -131,8 +145,8 @@ impl Legacy {
 
     /// The text that was pushed since the last call.
     fn take(&mut self) -> Value {
-        let offset = self.offset;
-        let part = std::mem::replace(self, Legacy { offset, ..Legacy::default() });
+        let next = Legacy { offset: self.offset, ..Legacy::new(Some(self.most)) };
+        let part = std::mem::replace(self, next);
         json!({
             "tokens": part.tokens, "token_logprobs": part.token_logprobs,
             "top_logprobs": part.top_logprobs, "text_offset": part.text_offset,
@@ -142,6 +156,7 @@ impl Legacy {
 
 /// A whole choice.
 struct Whole {
+    index: usize,
     choice: Value,
     usage: Usage,
 }
@@ -174,7 +189,7 @@ async fn whole(context: &Context, index: usize, mut speaker: Speaker) -> Result<
     };
     context.metrics.ended(end.reason, &end.usage, &clock);
     let choice = choice(context, index, said, &prompt_scores, &scores, &end);
-    Ok(Whole { choice, usage: end.usage })
+    Ok(Whole { index, choice, usage: end.usage })
 }
 
 /// A whole choice as OpenAI shows it.
@@ -198,9 +213,9 @@ fn choice(
                 choice["message"]["content"] = Value::Null;
             }
         }
-        choice["logprobs"] = ask.request.logprobs.map_or(Value::Null, |_| context.logprobs(scores));
+        choice["logprobs"] = ask.request.logprobs.map_or(Value::Null, |most| context.logprobs(scores, most));
     } else {
-        let mut legacy = Legacy::default();
+        let mut legacy = Legacy::new(ask.request.logprobs);
         if ask.echo {
             let decoded = || context.model.tokenizer.decode(&prompt.ids, ask.skip_special);
             text.insert_str(0, &prompt.text.clone().unwrap_or_else(decoded));
@@ -215,17 +230,19 @@ fn choice(
         choice["token_ids"] = scores.iter().map(|scored| scored.token).collect();
         choice["prompt_token_ids"] = json!(prompt.ids);
     }
-    if ask.request.prompt_logprobs.is_some() && !ask.echo {
-        let scored = context.logprobs(prompt_scores);
+    if let Some(most) = ask.prompt_logprobs {
+        let scored = context.logprobs(prompt_scores, most);
         choice["prompt_logprobs"] = scored["content"].clone();
     }
     choice
 }
 
-fn usage(context: &Context, of_choices: &[Usage]) -> Value {
+/// A prompt counts once, however many choices it has, and so does what of it was in the cache at its first choice.
+fn usage(context: &Context, of_choices: &[(usize, Usage)]) -> Value {
     let prompt: usize = context.ask.prompts.iter().map(|prompt| prompt.ids.len()).sum();
-    let generated: usize = of_choices.iter().map(|usage| usage.generated_tokens).sum();
-    let cached: usize = of_choices.iter().map(|usage| usage.cached_tokens).sum();
+    let generated: usize = of_choices.iter().map(|(_, usage)| usage.generated_tokens).sum();
+    let first = of_choices.iter().filter(|(index, _)| index % context.ask.n == 0);
+    let cached: usize = first.map(|(_, usage)| usage.cached_tokens).sum();
     json!({
         "prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated,
         "prompt_tokens_details": {"cached_tokens": cached},
@@ -243,8 +260,8 @@ pub async fn complete(context: Arc<Context>) -> Result<Value> {
     while let Some(joined) = tasks.join_next().await {
         done.push(joined.unwrap_or_else(|_| Err(internal()))?);
     }
-    done.sort_by_key(|whole| whole.choice["index"].as_u64());
-    let usages: Vec<Usage> = done.iter().map(|whole| whole.usage).collect();
+    done.sort_by_key(|whole| whole.index);
+    let usages: Vec<_> = done.iter().map(|whole| (whole.index, whole.usage)).collect();
     let choices: Vec<Value> = done.into_iter().map(|whole| whole.choice).collect();
     if context.ask.form == Form::Kaito {
         return Ok(json!({"Result": choices[0]["text"]}));
@@ -271,7 +288,7 @@ pub fn stream(context: Arc<Context>) -> Result<mpsc::Receiver<Bytes>> {
         let mut tasks = JoinSet::new();
         for (index, speaker) in speakers.into_iter().enumerate() {
             let (context, sender) = (context.clone(), sender.clone());
-            tasks.spawn(async move { parts(&context, index, speaker, &sender).await });
+            tasks.spawn(async move { Some((index, parts(&context, index, speaker, &sender).await?)) });
         }
         let mut usages = Vec::new();
         while let Some(joined) = tasks.join_next().await {
@@ -309,7 +326,7 @@ async fn parts(
     let ask = &context.ask;
     let chat = ask.form == Form::Chat;
     let mut clock = context.metrics.clock(context.begun);
-    let mut legacy = Legacy::default();
+    let mut legacy = Legacy::new(ask.request.logprobs);
     let mut called = 0;
     let send = async |mut choice: Value, last: Option<&End>| {
         choice["index"] = index.into();
@@ -381,7 +398,7 @@ async fn parts(
         }
         choice["logprobs"] = match (ask.request.logprobs, chat) {
             (None, _) => Value::Null,
-            (Some(_), true) => context.logprobs(&tokens),
+            (Some(most), true) => context.logprobs(&tokens, most),
             (Some(_), false) => {
                 tokens.iter().for_each(|scored| legacy.push(&context.model, scored.token, Some(scored)));
                 legacy.take()

@@ -57,8 +57,12 @@ pub struct Ask {
     pub n: usize,
     /// Without the prompt, which differs.
     pub request: Request,
-    /// Strings that end a choice and are not shown.
+    /// Strings that end a choice.
     pub stop: Vec<String>,
+    /// Whether the text has the string or token that ended it.
+    pub include_stop: bool,
+    /// Alternatives of each token of the prompt, if its log-probabilities stand beside the choices.
+    pub prompt_logprobs: Option<usize>,
     /// Whether the answer is sent as it is generated.
     pub stream: bool,
     /// Whether the last part of a stream has the numbers of tokens.
@@ -87,7 +91,7 @@ impl Ask {
     }
 }
 
-const COMMON: [&str; 30] = [
+const COMMON: [&str; 31] = [
     "model",
     "stream",
     "stream_options",
@@ -97,6 +101,7 @@ const COMMON: [&str; 30] = [
     "min_tokens",
     "stop",
     "stop_token_ids",
+    "include_stop_str_in_output",
     "ignore_eos",
     "seed",
     "temperature",
@@ -168,7 +173,7 @@ const GENERATE: [&str; 17] = [
 
 /// Fields of other servers, and of `generate` in transformers, that would change the answer: refused, unless they
 /// hold the value that changes nothing.
-const WITHOUT: [(&str, &str); 40] = [
+const WITHOUT: [(&str, &str); 52] = [
     ("functions", "null"),
     ("function_call", "\"none\""),
     ("modalities", "[\"text\"]"),
@@ -209,6 +214,18 @@ const WITHOUT: [(&str, &str); 40] = [
     ("truncate_prompt_tokens", "null"),
     ("prompt_embeds", "null"),
     ("mm_processor_kwargs", "null"),
+    ("stop_regex", "null"),
+    ("stop_strings", "null"),
+    ("sequence_bias", "null"),
+    ("begin_suppress_tokens", "null"),
+    ("forced_bos_token_id", "null"),
+    ("exponential_decay_length_penalty", "null"),
+    ("guidance_scale", "1"),
+    ("num_return_sequences", "1"),
+    ("max_time", "null"),
+    ("top_n_sigma", "-1"),
+    ("dynatemp_range", "0"),
+    ("return_tokens_as_token_ids", "false"),
 ];
 
 /// Refuses what would change the answer and is not done here.
@@ -228,7 +245,8 @@ pub fn chat(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
     let text = chat_text(&fields, model)?;
     let ids = model.encode(&text, false)?;
     let mut ask = common(&fields, model, Form::Chat, vec![Prompt { ids, text: Some(text) }])?;
-    ask.ignored = fields.unknown(&[&COMMON[..], &CHAT].concat());
+    ask.ignored.extend(fields.unknown(&[&COMMON[..], &CHAT].concat()));
+    ask.ignored.extend(unread(&fields, model)?);
     ask.offer = tools::offer(&fields)?;
     if fields.flag("logprobs")?.unwrap_or(false) {
         ask.request.logprobs = Some(fields.size("top_logprobs", 0..=ALTERNATIVES_MAX)?.unwrap_or(0));
@@ -251,6 +269,9 @@ pub fn chat_text(fields: &Fields, model: &Model) -> Result<String> {
     }
     if let Some(documents) = fields.list("documents")? {
         context.insert("documents".into(), json!(documents));
+    }
+    if let Some(effort) = fields.text("reasoning_effort")? {
+        context.insert("reasoning_effort".into(), effort.into());
     }
     for (name, value) in fields.object("chat_template_kwargs")?.into_iter().flatten() {
         context.insert(name.clone(), value.clone());
@@ -281,6 +302,26 @@ pub fn chat_text(fields: &Fields, model: &Model) -> Result<String> {
         text.truncate(end);
     }
     Ok(text)
+}
+
+/// Fields that are only for the template, if it has no place for them.
+fn unread(fields: &Fields, model: &Model) -> Result<Vec<String>> {
+    let Some(chat) = &model.chat else { return Ok(Vec::new()) };
+    let fields_of_it = ["tools", "documents", "reasoning_effort"].into_iter();
+    let given = |name: &&str| {
+        let none = json!([]);
+        fields.get(name).is_some_and(|value| *value != none)
+            && !(*name == "tools" && fields.get("tool_choice") == Some(&json!("none")))
+    };
+    let mut unread: Vec<String> =
+        fields_of_it.filter(given).filter(|name| !chat.reads(name)).map(String::from).collect();
+    for (name, _) in fields.object("chat_template_kwargs")?.into_iter().flatten() {
+        let own = ["messages", "add_generation_prompt"].contains(&name.as_str());
+        if own || !chat.reads(name) {
+            unread.push(format!("chat_template_kwargs.{name}"));
+        }
+    }
+    Ok(unread)
 }
 
 /// A message as templates expect it: text content, arguments of tool calls as objects.
@@ -319,8 +360,12 @@ fn message(at: usize, message: &Value) -> Result<Value> {
             let function = function
                 .ok_or_else(|| wrong(&format!("tool_calls[{number}]: expected an object with a function")))?;
             let Some(arguments) = function.get_mut("arguments") else { continue };
-            if let Some(parsed) = arguments.as_str().and_then(|text| serde_json::from_str::<Value>(text).ok())
-            {
+            // Some clients send back a call without arguments as "".
+            let parsed = match arguments.as_str().map(str::trim) {
+                Some("") => Some(json!({})),
+                text => text.and_then(|text| serde_json::from_str::<Value>(text).ok()),
+            };
+            if let Some(parsed) = parsed {
                 *arguments = parsed;
             }
         }
@@ -334,11 +379,11 @@ pub fn completion(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
     fields.refuse("suffix", &[json!("")], "the model only continues a text")?;
     let specials = fields.flag("add_special_tokens")?.unwrap_or(true);
     let mut ask = common(&fields, model, Form::Completion, prompts(&fields, model, specials)?)?;
-    ask.ignored = fields.unknown(&[&COMMON[..], &COMPLETION].concat());
+    ask.ignored.extend(fields.unknown(&[&COMMON[..], &COMPLETION].concat()));
     ask.request.logprobs = fields.size("logprobs", 0..=ALTERNATIVES_MAX)?;
     ask.echo = fields.flag("echo")?.unwrap_or(false);
     if ask.echo {
-        ask.request.prompt_logprobs = ask.request.prompt_logprobs.or(ask.request.logprobs);
+        ask.request.prompt_logprobs = ask.request.prompt_logprobs.max(ask.request.logprobs);
     }
     if ask.request.max_tokens == 0 && !ask.echo {
         return Err(Error::field("max_tokens", "max_tokens 0 needs echo: true"));
@@ -392,16 +437,15 @@ fn common(fields: &Fields, model: &Model, form: Form, prompts: Vec<Prompt>) -> R
     fields.refuse("best_of", &[json!(1), json!(n)], "all choices are returned; use n")?;
     response_format(fields)?;
     let stream = fields.flag("stream")?.unwrap_or(false);
-    let options = fields.object("stream_options")?;
-    let include_usage = match options {
-        Some(options) => Fields::new(options, "stream_options.").flag("include_usage")?.unwrap_or(false),
-        None => false,
-    };
+    let (include_usage, ignored) = stream_options(fields, stream)?;
+    let prompt_logprobs = prompt_logprobs(fields, stream)?;
     let ignore_ends = fields.flag("ignore_eos")?.unwrap_or(false);
     let mut stop_tokens = if ignore_ends { Vec::new() } else { model.defaults.stop_tokens.clone() };
     stop_tokens.extend(few(fields.tokens("stop_token_ids")?, "stop_token_ids", STOP_TOKENS_MAX)?);
-    let asked = fields.size("max_completion_tokens", 0..=i64::MAX)?;
-    let asked = asked.or(fields.size("max_tokens", if form == Form::Chat { 1 } else { 0 }..=i64::MAX)?);
+    // A conversation's answer of no tokens is none.
+    let least = i64::from(form == Form::Chat);
+    let asked = fields.size("max_completion_tokens", least..=i64::MAX)?;
+    let asked = asked.or(fields.size("max_tokens", least..=i64::MAX)?);
     let legacy = (form == Form::Completion).then_some(16); // OpenAI's default of the older form.
     let max_tokens = room(model, &prompts, asked, model.defaults.max_tokens.or(legacy))?;
     let min_tokens = fields.size("min_tokens", 0..=i64::MAX)?.unwrap_or(0);
@@ -419,7 +463,7 @@ fn common(fields: &Fields, model: &Model, form: Form, prompts: Vec<Prompt>) -> R
         sampling: sampling(fields, model)?,
         adapters,
         logprobs: None,
-        prompt_logprobs: fields.size("prompt_logprobs", 0..=ALTERNATIVES_MAX)?,
+        prompt_logprobs,
     };
     Ok(Ask {
         form,
@@ -428,14 +472,39 @@ fn common(fields: &Fields, model: &Model, form: Form, prompts: Vec<Prompt>) -> R
         n,
         request,
         stop: fields.texts("stop", STOPS_MAX)?,
+        include_stop: fields.flag("include_stop_str_in_output")?.unwrap_or(false),
+        prompt_logprobs,
         stream,
         include_usage,
         echo: false,
         skip_special: fields.flag("skip_special_tokens")?.unwrap_or(true),
         token_ids: fields.flag("return_token_ids")?.unwrap_or(false),
         offer: None,
-        ignored: Vec::new(),
+        ignored,
     })
+}
+
+/// Alternatives of each token of the prompt; a stream has no place for them.
+fn prompt_logprobs(fields: &Fields, stream: bool) -> Result<Option<usize>> {
+    match fields.size("prompt_logprobs", 0..=ALTERNATIVES_MAX)? {
+        Some(_) if stream => Err(Error::field(
+            "prompt_logprobs",
+            "prompt_logprobs are not part of a stream; leave out stream, or ask /v1/completions for echo and logprobs",
+        )),
+        asked => Ok(asked),
+    }
+}
+
+/// Whether a stream ends with the numbers of tokens, and the names of options without effect.
+fn stream_options(fields: &Fields, stream: bool) -> Result<(bool, Vec<String>)> {
+    let Some(options) = fields.object("stream_options")? else { return Ok((false, Vec::new())) };
+    if !stream {
+        return Err(Error::field("stream_options", "stream_options needs stream: true"));
+    }
+    let options = Fields::new(options, "stream_options.");
+    let ignored = options.unknown(&["include_usage"]);
+    let ignored = ignored.into_iter().map(|name| format!("stream_options.{name}"));
+    Ok((options.flag("include_usage")?.unwrap_or(false), ignored.collect()))
 }
 
 /// Only plain text: an answer is not held to a grammar.
@@ -496,6 +565,10 @@ pub fn strengths(fields: &Fields, model: &Model) -> Result<Option<Vec<Strength>>
     for entry in list {
         let map = entry.as_object().ok_or_else(|| wrong("expected objects with name and strength".into()))?;
         let entry = Fields::new(map, "adapters.");
+        // A strength that is written wrong must not become 1.
+        if let Some(other) = entry.unknown(&["name", "strength"]).first() {
+            return Err(wrong(format!("`{other}` is unknown; expected objects with name and strength")));
+        }
         let name = entry.text("name")?.ok_or_else(|| wrong("name is missing".into()))?;
         let strength = entry.number("strength", -16.0..=16.0)?.unwrap_or(1.0);
         if found.iter().any(|other| other.name == name) {
@@ -568,6 +641,7 @@ pub fn kaito(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
     for name in ["prefix", "handle_long_generation"] {
         fields.refuse(name, &[], "it has no meaning here")?;
     }
+    fields.refuse("clean_up_tokenization_spaces", &[json!(false)], "the text is as the model wrote it")?;
     let empty = Map::new();
     let given = Fields::new(fields.object("generate_kwargs")?.unwrap_or(&empty), "generate_kwargs.");
     without(&given)?;
@@ -629,8 +703,13 @@ pub fn kaito(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
     open.insert("adapters".into(), fields.get("adapters").cloned().unwrap_or(Value::Null));
     open.insert("model".into(), fields.get("model").cloned().unwrap_or(Value::Null));
     let mut ask = common(&Fields::new(&open, ""), model, Form::Kaito, vec![Prompt { ids, text: shown }])?;
-    ask.echo = fields.flag("return_full_text")?.unwrap_or(raw) && raw;
+    let full = fields.flag("return_full_text")?;
+    ask.echo = full.unwrap_or(raw) && raw;
     ask.ignored = fields.unknown(&KAITO);
+    // The template's text of a conversation is not shown, and one of the two is answered.
+    let unused = [("return_full_text", full == Some(true) && !raw), ("messages", prompt.is_some())];
+    let unused = unused.into_iter().filter(|(name, unused)| *unused && fields.get(name).is_some());
+    ask.ignored.extend(unused.map(|(name, _)| name.to_owned()));
     ask.ignored.extend(given.unknown(&GENERATE).into_iter().map(|name| format!("generate_kwargs.{name}")));
     Ok(ask)
 }

@@ -27,8 +27,10 @@ fn missing(name: &str) -> Error {
 /// A part of a mix with the digest of the adapter that is loaded now.
 pub fn part(model: &Model, part: &Strength) -> Value {
     let origin = model.named.origin(&part.name);
+    // As it was written: 0.3 is not 0.30000001192092896.
+    let strength: f64 = part.strength.to_string().parse().unwrap_or(part.strength.into());
     json!({
-        "name": part.name, "strength": part.strength, "digest": origin.digest, "source": origin.source,
+        "name": part.name, "strength": strength, "digest": origin.digest, "source": origin.source,
     })
 }
 
@@ -37,6 +39,11 @@ pub fn load(fields: &Fields, model: &Model) -> Answer {
     let bring = changeable(model)?;
     let name = fields.text("lora_name")?.ok_or_else(|| missing("lora_name"))?;
     let path = fields.text("lora_path")?.ok_or_else(|| missing("lora_path"))?;
+    fields.refuse(
+        "strength",
+        &[json!(1), json!(1.0)],
+        "an adapter has strength 1; make a mix for another one",
+    )?;
     let again = fields.flag("load_inplace")?.unwrap_or(false);
     if !super::is_name(name) {
         return Err(Error::field("lora_name", format!("lora_name {name:?}: {}", super::NAME_RULE)));
@@ -48,7 +55,8 @@ pub fn load(fields: &Fields, model: &Model) -> Answer {
             format!("`{name}` exists; unload it, or say load_inplace: true"),
         ));
     }
-    let adapter = model.load_adapter(name, bring(path)?)?;
+    let brought = bring(path).map_err(|fault| Error::from(fault).of("lora_path"))?;
+    let adapter = model.load_adapter(name, brought)?;
     let origin = model.named.origin(name);
     Ok(json_answer(&json!({
         "status": format!("Success: LoRA adapter '{name}' added successfully."),
@@ -68,8 +76,22 @@ pub fn unload(fields: &Fields, model: &Model) -> Answer {
     if let Some((mix, _)) = mixes.iter().find(|(_, parts)| parts.iter().any(|part| part.name == name)) {
         return Err(Error::field("lora_name", format!("`{name}` is a part of the mix `{mix}`")));
     }
+    keep_default(model, name, "lora_name")?;
     model.engine.unload_adapter(name)?;
     Ok(json_answer(&json!({"status": format!("Success: LoRA adapter '{name}' removed successfully.")})))
+}
+
+/// Refuses to remove the name that answers requests without a model: all of them would fail.
+fn keep_default(model: &Model, name: &str, field: &str) -> Result<()> {
+    match model.fixed_default() == Some(name) {
+        true => Err(Error::field(
+            field,
+            format!(
+                "`{name}` answers requests that name no model (--default); start the server with another one"
+            ),
+        )),
+        false => Ok(()),
+    }
 }
 
 /// `{name, adapters: [{name, strength}]}`: makes a mix, or changes the one of that name for requests to come.
@@ -78,6 +100,9 @@ pub fn mix(fields: &Fields, model: &Model) -> Answer {
     let name = fields.text("name")?.ok_or_else(|| missing("name"))?;
     if !super::is_name(name) {
         return Err(Error::field("name", format!("name {name:?}: {}", super::NAME_RULE)));
+    }
+    if let Some(other) = fields.unknown(&["name", "adapters"]).first() {
+        return Err(Error::field(other, format!("`{other}` is unknown; expected name and adapters")));
     }
     let known = model.named.mix(name).is_some();
     if !known && model.names().iter().any(|taken| taken == name) {
@@ -109,6 +134,7 @@ pub fn mixes(model: &Model) -> Value {
 /// `DELETE /v1/mixes/NAME`.
 pub fn remove_mix(model: &Model, name: &str) -> Answer {
     changeable(model)?;
+    keep_default(model, name, "name")?;
     match model.named.remove_mix(name) {
         true => Ok(json_answer(&json!({"name": name, "deleted": true}))),
         false => {

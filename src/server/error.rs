@@ -19,6 +19,8 @@ pub struct Error {
     pub code: Option<&'static str>,
     /// Seconds after which another try may succeed.
     pub retry_after: Option<u32>,
+    /// Methods that the address takes.
+    pub allow: Option<&'static str>,
 }
 
 /// LIMIT: characters of a message. It may quote what a client sent, which may be long.
@@ -42,7 +44,20 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// An error about no field, without a code.
     pub fn new(status: StatusCode, message: impl Into<String>) -> Error {
-        Error { status, message: shortened(message.into()), param: None, code: None, retry_after: None }
+        Error {
+            status,
+            message: shortened(message.into()),
+            param: None,
+            code: None,
+            retry_after: None,
+            allow: None,
+        }
+    }
+
+    /// 405: the address takes other methods.
+    pub fn method(path: &str, method: &str, allow: &'static str) -> Error {
+        let message = format!("{path} does not take {method}; it takes {allow}");
+        Error { allow: Some(allow), ..Error::new(StatusCode::METHOD_NOT_ALLOWED, message) }
     }
 
     /// 400: the request must be changed.

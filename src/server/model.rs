@@ -156,6 +156,11 @@ impl Model {
         }
     }
 
+    /// The name that `--default` gave to answer requests that name no model.
+    pub fn fixed_default(&self) -> Option<&str> {
+        self.named.default.as_deref()
+    }
+
     /// The adapters and strengths that a name adds to the base.
     pub fn named(&self, name: &str) -> Result<Vec<Strength>> {
         if let Some(mix) = self.named.mix(name) {

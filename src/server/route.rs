@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use http_body_util::BodyExt;
 use hyper::body::{Body, Bytes, Incoming};
-use hyper::header::{AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::header::{
+    ALLOW, AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE,
+};
 use hyper::{Method, Request, Response, StatusCode};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -103,21 +105,22 @@ impl Service {
             "/v1/completions" if post => self.generate(request, ask::completion).await,
             "/chat" if post => self.generate(request, ask::kaito).await,
             "/tokenizer_info" if get => Ok(json_answer(&tokenizer_info(&*self.serving()?))),
-            "/tokenize" if post => self.with_body(request, tokenize).await,
-            "/detokenize" if post => self.with_body(request, detokenize).await,
-            "/v1/load_lora_adapter" if post => self.with_body(request, changes::load).await,
-            "/v1/unload_lora_adapter" if post => self.with_body(request, changes::unload).await,
-            "/v1/mixes" if post => self.with_body(request, changes::mix).await,
-            "/v1/mixes" if get => Ok(json_answer(&changes::mixes(&*self.serving()?))),
-            known if ROUTES.contains(&known) => Err(Error::new(
-                StatusCode::METHOD_NOT_ALLOWED,
-                format!("{known} does not take {}", request.method()),
-            )),
-            other if delete && other.starts_with(MIX) => {
-                changes::remove_mix(&*self.serving()?, &other[MIX.len()..])
+            "/tokenize" if post => self.with_body(request, &TOKENIZE, tokenize).await,
+            "/detokenize" if post => self.with_body(request, &["model", "tokens"], detokenize).await,
+            "/v1/load_lora_adapter" if post => self.with_body(request, &LOAD, changes::load).await,
+            "/v1/unload_lora_adapter" if post => {
+                self.with_body(request, &["lora_name", "lora_int_id"], changes::unload).await
             }
-            other => Err(match other.strip_prefix("/v1/models/").filter(|_| get) {
-                Some(name) => return one_model(&*self.serving()?, name),
+            "/v1/mixes" if post => self.with_body(request, &[], changes::mix).await,
+            "/v1/mixes" if get => Ok(json_answer(&changes::mixes(&*self.serving()?))),
+            other if delete && other.starts_with(MIX) => {
+                changes::remove_mix(&*self.serving()?, &decoded(&other[MIX.len()..]))
+            }
+            other if get && other.starts_with(MODEL) => {
+                one_model(&*self.serving()?, &decoded(&other[MODEL.len()..]))
+            }
+            other => Err(match methods(other) {
+                Some(taken) => Error::method(other, request.method().as_str(), taken),
                 None => Error::new(StatusCode::NOT_FOUND, format!("There is nothing at {other}")),
             }),
         }
@@ -127,7 +130,9 @@ impl Service {
     fn allowed(&self, request: &Request<Incoming>) -> Result<()> {
         let Some(key) = self.key else { return Ok(()) };
         let given = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
-        let given = digest(given.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default().trim());
+        let given = given.and_then(|value| value.split_once(' '));
+        let given = given.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+        let given = digest(given.map_or("", |(_, key)| key).trim());
         let differ = key.iter().zip(given).fold(0, |all, (a, b)| all | (a ^ b));
         match std::hint::black_box(differ) {
             0 => Ok(()),
@@ -176,10 +181,7 @@ impl Service {
         let stop = self.state.begin();
         let reader = model.clone();
         let ask = self.read(request, move |map| read(map, &reader)).await?;
-        // A header holds visible letters alone.
-        let ignored = ask.ignored.iter().flat_map(|name| name.chars().chain([','])).take(IGNORED_LETTERS_MAX);
-        let ignored: String = ignored.map(|c| if c.is_ascii_graphic() { c } else { '?' }).collect();
-        let ignored = ignored.trim_end_matches(',');
+        let ignored = ignored_header(&ask.ignored);
         let context = Arc::new(Context::new(model, ask, self.metrics.clone(), stop));
         let mut response = match context.ask.stream && context.ask.form != Form::Kaito {
             true => {
@@ -192,16 +194,24 @@ impl Service {
             }
             false => json_answer(&answer::complete(context).await?),
         };
-        // A caller sees which of its fields changed nothing.
-        if let Some(value) = HeaderValue::from_str(ignored).ok().filter(|value| !value.is_empty()) {
-            response.headers_mut().insert("x-ignored-fields", value);
-        }
+        response.headers_mut().extend(ignored);
         Ok(response)
     }
 
-    async fn with_body(&self, request: Request<Incoming>, work: fn(&Fields, &Model) -> Answer) -> Answer {
+    async fn with_body(
+        &self,
+        request: Request<Incoming>,
+        known: &'static [&'static str],
+        work: fn(&Fields, &Model) -> Answer,
+    ) -> Answer {
         let model = self.serving()?;
-        self.read(request, move |map| work(&Fields::new(map, ""), &model)).await
+        let work = move |map: &Map<String, Value>| {
+            let fields = Fields::new(map, "");
+            let mut response = work(&fields, &model)?;
+            response.headers_mut().extend(ignored_header(&fields.unknown(known)));
+            Ok(response)
+        };
+        self.read(request, work).await
     }
 
     /// Reads a body, and then what it says, while other connections go on: tokens of a long prompt take a while. What
@@ -256,28 +266,67 @@ impl Service {
     }
 }
 
-/// Every path that answers to some method.
-const ROUTES: [&str; 17] = [
-    "/",
-    "/livez",
-    "/health",
-    "/healthz",
-    "/readyz",
-    "/metrics",
-    "/version",
-    "/v1/models",
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/chat",
-    "/tokenize",
-    "/tokenizer_info",
-    "/detokenize",
-    "/v1/load_lora_adapter",
-    "/v1/unload_lora_adapter",
-    "/v1/mixes",
-];
+/// The methods of a path, as the header `allow` lists them; `None`: there is no such path.
+fn methods(path: &str) -> Option<&'static str> {
+    match path {
+        "/" | "/livez" | "/health" | "/healthz" | "/readyz" | "/metrics" | "/version" | "/v1/models"
+        | "/tokenizer_info" => Some("GET, HEAD"),
+        "/v1/chat/completions"
+        | "/v1/completions"
+        | "/chat"
+        | "/tokenize"
+        | "/detokenize"
+        | "/v1/load_lora_adapter"
+        | "/v1/unload_lora_adapter" => Some("POST"),
+        "/v1/mixes" => Some("GET, HEAD, POST"),
+        other if other.starts_with(MIX) => Some("DELETE"),
+        other if other.starts_with(MODEL) => Some("GET, HEAD"),
+        _ => None,
+    }
+}
+
 /// `DELETE /v1/mixes/NAME`.
 const MIX: &str = "/v1/mixes/";
+/// `GET /v1/models/NAME`.
+const MODEL: &str = "/v1/models/";
+const TOKENIZE: [&str; 13] = [
+    "model",
+    "prompt",
+    "messages",
+    "add_special_tokens",
+    "return_token_strs",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "chat_template_kwargs",
+    "tools",
+    "tool_choice",
+    "documents",
+    "reasoning_effort",
+];
+const LOAD: [&str; 4] = ["lora_name", "lora_path", "load_inplace", "strength"];
+
+/// A name in an address: clients write `/` and other characters as `%2F`.
+fn decoded(name: &str) -> String {
+    let mut bytes = Vec::with_capacity(name.len());
+    let mut rest = name.as_bytes();
+    while let Some((&first, after)) = rest.split_first() {
+        let hex = after.get(..2).filter(|hex| first == b'%' && hex.iter().all(u8::is_ascii_hexdigit));
+        let code = hex.and_then(|hex| u8::from_str_radix(std::str::from_utf8(hex).ok()?, 16).ok());
+        bytes.push(code.unwrap_or(first));
+        rest = if code.is_some() { &after[2..] } else { after };
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// A caller sees which of its fields changed nothing. A header holds visible letters alone.
+fn ignored_header(names: &[String]) -> Option<(HeaderName, HeaderValue)> {
+    let letters = names.iter().flat_map(|name| name.chars().chain([','])).take(IGNORED_LETTERS_MAX);
+    let letters: String = letters.map(|c| if c.is_ascii_graphic() { c } else { '?' }).collect();
+    let value = HeaderValue::from_str(letters.trim_end_matches(',')).ok();
+    let value = value.filter(|value| !value.is_empty())?;
+    Some((HeaderName::from_static("x-ignored-fields"), value))
+}
 
 fn digest(text: &str) -> [u8; 32] {
     Sha256::digest(text.as_bytes()).into()
@@ -308,6 +357,12 @@ fn failed(error: &Error, kaito: bool) -> Response<Reply> {
     *response.status_mut() = error.status;
     if let Some(seconds) = error.retry_after {
         response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+    }
+    if let Some(methods) = error.allow {
+        response.headers_mut().insert(ALLOW, HeaderValue::from_static(methods));
+    }
+    if error.status == StatusCode::UNAUTHORIZED {
+        response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
     response
 }
@@ -349,6 +404,9 @@ fn one_model(model: &Model, name: &str) -> Answer {
 
 /// vLLM's: `{prompt}` or `{messages}` -> `{tokens, count, max_model_len}`.
 fn tokenize(fields: &Fields, model: &Model) -> Answer {
+    if let Some(name) = fields.text("model")? {
+        model.named(name)?;
+    }
     let specials = fields.flag("add_special_tokens")?;
     let tokens = match (fields.text("prompt")?, fields.get("messages")) {
         (Some(prompt), _) => model.tokens(prompt, specials.unwrap_or(true))?,
@@ -376,6 +434,9 @@ fn tokenizer_info(model: &Model) -> Value {
 
 fn detokenize(fields: &Fields, model: &Model) -> Answer {
     let tokens = fields.tokens("tokens")?.ok_or_else(|| Error::field("tokens", "tokens is missing"))?;
+    if let Some(name) = fields.text("model")? {
+        model.named(name)?;
+    }
     let vocabulary = model.engine.facts().vocabulary;
     if let Some(&token) = tokens.iter().find(|token| **token as usize >= vocabulary) {
         return Err(Error::from(crate::generate::Refusal::UnknownToken { token, vocabulary }).of("tokens"));

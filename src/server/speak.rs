@@ -6,7 +6,7 @@ use super::ask::Ask;
 use super::error::Error;
 use super::model::Model;
 use super::tools::{self, Calls, Said};
-use crate::generate::text::{Detokenizer, Stops, token_name};
+use crate::generate::text::{Detokenizer, Shown, Stops, token_name};
 use crate::generate::{Answer, Event, Finish, Request, Scored, Usage};
 
 /// The next piece of a choice.
@@ -44,7 +44,10 @@ pub struct Speaker {
     /// Looks for tool calls, if tools are offered.
     calls: Option<Calls>,
     stop_strings: bool,
+    /// Whether the text has what ended it.
+    include_stop: bool,
     stop_tokens: Vec<u32>,
+    min_tokens: usize,
     waiting: Vec<Scored>,
     prompt_tokens: usize,
     generated: usize,
@@ -62,7 +65,9 @@ impl Speaker {
             stops: Stops::new(ask.stop.clone()),
             calls: ask.offer.clone().map(Calls::new),
             stop_strings: !ask.stop.is_empty(),
+            include_stop: ask.include_stop,
             stop_tokens: request.stop_tokens.clone(),
+            min_tokens: request.min_tokens,
             waiting: Vec::new(),
             prompt_tokens: request.prompt.len(),
             generated: 0,
@@ -97,18 +102,27 @@ impl Speaker {
         self.waiting.push(scored);
         if self.stop_tokens.contains(&id) {
             self.ended_by = Some(id);
-            return None;
+            if !self.include_stop {
+                return None;
+            }
         }
         let text = self.text(id);
-        let shown = self.stops.push(&text);
-        if shown.stopped {
-            return Some(self.stopped(shown.text));
+        let mut shown = self.push(&text);
+        if let Some(stop) = shown.stop.take() {
+            return Some(self.stopped(shown.text, stop));
         }
         let said = match &mut self.calls {
             Some(calls) => calls.push(&shown.text),
             None => Said::text(shown.text),
         };
         (!said.is_empty()).then(|| Piece::Said(said, std::mem::take(&mut self.waiting)))
+    }
+
+    fn push(&mut self, text: &str) -> Shown {
+        match self.generated <= self.min_tokens {
+            true => self.stops.push_free(text),
+            false => self.stops.push(text),
+        }
     }
 
     /// The text that is certain with this token. A control token that marks a call is text if tools are offered.
@@ -123,13 +137,16 @@ impl Speaker {
         self.detokenizer.push(tokenizer, id)
     }
 
-    fn stopped(&mut self, text: String) -> Piece {
+    fn stopped(&mut self, mut text: String, stop: String) -> Piece {
+        if self.include_stop {
+            text += &stop;
+        }
         let usage = Usage {
             prompt_tokens: self.prompt_tokens,
             generated_tokens: self.generated,
             cached_tokens: self.answer.cached(),
         };
-        self.end(text, End { reason: "stop", by: None, usage })
+        self.end(text, End { reason: "stop", by: Some(stop.into()), usage })
     }
 
     fn end(&mut self, text: String, mut end: End) -> Piece {
@@ -148,9 +165,9 @@ impl Speaker {
 
     fn finished(&mut self, finish: Finish, usage: Usage) -> Piece {
         let rest = self.detokenizer.finish(&self.model.tokenizer);
-        let mut shown = self.stops.push(&rest);
-        if shown.stopped && self.stop_strings {
-            return self.stopped(shown.text);
+        let mut shown = self.push(&rest);
+        if let Some(stop) = shown.stop.take().filter(|_| self.stop_strings) {
+            return self.stopped(shown.text, stop);
         }
         shown.text += &self.stops.finish();
         let reason = match finish {

@@ -74,6 +74,8 @@ pub struct Live {
     model: Arc<Model>,
     bring: Bring,
     report: Report,
+    /// Names that flags gave; the file cannot take them.
+    fixed: Vec<String>,
     /// The content that was taken last.
     served: Wanted,
     /// The text that was looked at last.
@@ -90,6 +92,7 @@ impl Live {
     pub fn start(file: &Path, model: Arc<Model>, bring: Bring, report: &Report) -> Result<Live> {
         let mut live = Live {
             file: file.to_owned(),
+            fixed: model.names(),
             model,
             bring,
             report: report.clone(),
@@ -171,20 +174,42 @@ impl Live {
             )
         };
         let wanted: Wanted = serde_json::from_str(text).map_err(|error| wrong(error.to_string()))?;
-        let mut names = BTreeSet::from([self.model.name.as_str()]);
+        let mut names: BTreeSet<&str> = BTreeSet::new();
         let ids = wanted.adapters.iter().map(|a| &a.name).chain(wanted.mixes.iter().map(|mix| &mix.name));
         for name in ids {
             if !server::is_name(name) {
                 return Err(wrong(format!("the name {name:?}: {}", server::NAME_RULE)));
             }
+            if self.fixed.contains(name) {
+                return Err(wrong(format!(
+                    "the name {name:?} stands for two things: a flag gave it to the base, an adapter or a mix"
+                )));
+            }
             if !names.insert(name) {
                 return Err(wrong(format!("the name {name:?} stands for two things")));
             }
         }
+        let missing = |name: &&str| !names.contains(*name) && !self.fixed.iter().any(|fixed| fixed == name);
+        if let Some(default) = self.model.fixed_default().filter(missing) {
+            return Err(wrong(format!(
+                "{default:?} is missing, which answers requests that name no model (--default)"
+            )));
+        }
+        let mut loaded: BTreeSet<&str> =
+            wanted.adapters.iter().map(|adapter| adapter.name.as_str()).collect();
+        let fixed = self.fixed.iter().filter(|name| self.model.named.mix(name).is_none());
+        loaded.extend(fixed.map(String::as_str).filter(|name| *name != self.model.name));
         for mix in &wanted.mixes {
+            let mut parts = BTreeSet::new();
+            if mix.adapters.is_empty() {
+                return Err(wrong(format!("mix {}: it has no adapters", mix.name)));
+            }
             for part in &mix.adapters {
-                if !wanted.adapters.iter().any(|adapter| adapter.name == part.name) {
+                if !loaded.contains(part.name.as_str()) {
                     return Err(wrong(format!("mix {}: there is no adapter {:?}", mix.name, part.name)));
+                }
+                if !parts.insert(&part.name) {
+                    return Err(wrong(format!("mix {}: {:?} stands twice", mix.name, part.name)));
                 }
                 if !STRENGTH.contains(&part.strength) {
                     return Err(wrong(format!(
@@ -215,7 +240,10 @@ impl Live {
                 self.model.named.remove_mix(&old.name);
             }
         }
-        for old in &self.served.adapters {
+        let loaded = self.model.engine.adapters();
+        // A request may have removed one already.
+        let there = |old: &&Adapter| loaded.iter().any(|adapter| adapter.name == old.name);
+        for old in self.served.adapters.iter().filter(there) {
             if !wanted.adapters.iter().any(|adapter| adapter.name == old.name) {
                 self.model.engine.unload_adapter(&old.name)?;
                 self.report.note(Stage::Load, format!("Adapter removed: {}", old.name));

@@ -1,11 +1,12 @@
-//! A server that is not started -> the memory that it would have, on this machine or on named GPUs.
+//! A server that is not started -> the memory that it would have, on this machine or on each of the named GPUs.
 
 use std::path::PathBuf;
 
 use serde_json::{Value as Json, json};
 
 use super::room::{self, Described, Size};
-use crate::fault::Result;
+use crate::facts::Facts;
+use crate::fault::{Fault, Kind, Result};
 use crate::memory::Machine;
 use crate::memory::serving::Plan;
 use crate::plan::Serving;
@@ -13,14 +14,21 @@ use crate::plan::Serving;
 /// Everything that `hone plan --serve` shows.
 pub struct Preview<'a> {
     serving: &'a Serving,
-    /// One for each GPU; at least one.
-    plans: Vec<(Described, Machine, Plan)>,
+    facts: Facts,
+    /// One for each GPU, or why the server does not fit it.
+    plans: Vec<std::result::Result<(Machine, Plan), Small>>,
+}
+
+/// A GPU that is too small.
+struct Small {
+    name: String,
+    fault: Fault,
 }
 
 /// Plans the memory of a server for each of the GPUs, or for this machine if there are none.
 ///
 /// # Errors
-/// Those of [`room::ahead`].
+/// Capacity: it fits none of them. Others as [`room::ahead`].
 pub fn preview<'a>(
     serving: &'a Serving,
     size: &Size,
@@ -31,14 +39,31 @@ pub fn preview<'a>(
         [] => vec![None],
         names => names.iter().map(|name| Some(name.as_str())).collect(),
     };
-    let ahead = |place: &Option<&str>| room::ahead(serving, size, adapters, *place);
-    Ok(Preview { serving, plans: places.iter().map(ahead).collect::<Result<Vec<_>>>()? })
+    let (mut facts, mut plans, mut first) = (None, Vec::new(), None);
+    for place in places {
+        match room::ahead(serving, size, adapters, place) {
+            Ok((Described { facts: found, .. }, machine, plan)) => {
+                facts = Some(found);
+                plans.push(Ok((machine, plan)));
+            }
+            Err(fault) if fault.kind == Kind::Capacity => {
+                first.get_or_insert(fault.clone());
+                plans.push(Err(Small { name: place.unwrap_or_default().to_owned(), fault }));
+            }
+            Err(fault) => return Err(fault),
+        }
+    }
+    match (facts, first) {
+        (Some(facts), _) => Ok(Preview { serving, facts, plans }),
+        (None, Some(fault)) => Err(fault),
+        (None, None) => Err(Fault::internal("a plan without a machine")),
+    }
 }
 
 impl Preview<'_> {
     /// The preview as text for people.
     pub fn text(&self) -> String {
-        let facts = &self.plans[0].0.facts;
+        let facts = &self.facts;
         let mut text = format!(
             "model: {}, {}, {} layers of width {}, {} parameters\n",
             self.serving.model_name,
@@ -47,20 +72,27 @@ impl Preview<'_> {
             facts.width,
             facts.parameters()
         );
-        for (_, machine, plan) in &self.plans {
-            text += &format!("\n{}\n", plan.table(machine).trim_end());
+        for plan in &self.plans {
+            text += &match plan {
+                Ok((machine, plan)) => format!("\n{}\n", plan.table(machine).trim_end()),
+                Err(small) => format!("\n{} does not fit: {}\n", small.name, small.fault),
+            };
         }
         text
     }
 
     /// The preview as JSON: an object for one GPU, a list for several.
     pub fn json(&self) -> Json {
-        let list: Vec<Json> = self.plans.iter().map(|plan| self.json_of(plan)).collect();
+        let list = self.plans.iter().map(|plan| match plan {
+            Ok((machine, plan)) => self.json_of(machine, plan),
+            Err(small) => json!({"machine": small.name, "does_not_fit": small.fault.clone().in_a_line()}),
+        });
+        let list: Vec<Json> = list.collect();
         if let [only] = list.as_slice() { only.clone() } else { list.into() }
     }
 
-    fn json_of(&self, (described, machine, plan): &(Described, Machine, Plan)) -> Json {
-        let facts = &described.facts;
+    fn json_of(&self, machine: &Machine, plan: &Plan) -> Json {
+        let facts = &self.facts;
         let mut json = plan.json(machine);
         json["model"] = json!({
             "name": self.serving.model_name, "family": facts.family, "layers": facts.layers.len(),

@@ -9,7 +9,7 @@ use crate::adapter::WEIGHTS_FILE;
 use crate::device;
 use crate::facts::config::Config;
 use crate::facts::{Facts, Precision, Quantization, family, presets, quantization, shapes};
-use crate::fault::{Fault, Result};
+use crate::fault::{Fault, Kind, Result};
 use crate::fetch;
 use crate::generate::engine::CHUNK;
 use crate::job;
@@ -80,7 +80,13 @@ pub fn divide(
         cache_tokens: size.cache_tokens,
         cache: size.cache,
     };
-    serving::solve(&served, machine)
+    serving::solve(&served, machine).map_err(|mut fault| {
+        if plan.memory_limit.is_some() && fault.kind == Kind::Capacity {
+            let raise = "raise memory_max, which limits what may be used";
+            fault.help = Some(fault.help.map_or(raise.into(), |help| format!("{raise}; {help}")));
+        }
+        fault
+    })
 }
 
 /// Bytes that an adapter takes when it is loaded; told by the header of its file.

@@ -63,7 +63,7 @@ pub(super) fn gpus(workspace: &Workspace, options: &Options, settings: &Settings
 /// # Errors
 /// Capacity: no plan fits into the card's memory. Config: modules that match nothing.
 pub(super) fn needs(workspace: &Workspace, run: &Run, gpus: Gpus, options: &Options) -> Result<Needs> {
-    let mut warnings = gpu_warnings(workspace, gpus);
+    let mut warnings = doubts(workspace, gpus);
     let shape = run.preset.filter(|_| options.model.is_none()).and_then(|preset| preset.shape.as_deref());
     let known = shape.map(|shape| task(run, shapes::facts(shape)?)).transpose()?;
     let mut locked = 0;
@@ -90,8 +90,30 @@ pub(super) fn needs(workspace: &Workspace, run: &Run, gpus: Gpus, options: &Opti
     })
 }
 
-/// Doubts about the instance type's GPUs.
-pub(super) fn gpu_warnings(workspace: &Workspace, gpus: Gpus) -> Vec<String> {
+/// Doubts about the instance type's GPUs, and fields of KAITO that have no effect here.
+pub(super) fn doubts(workspace: &Workspace, gpus: Gpus) -> Vec<String> {
+    let mut warnings = gpu_warnings(workspace, gpus);
+    if !workspace.resource.preferred_nodes.is_empty() {
+        warnings.push(
+            "resource.preferredNodes has no effect: pods run on nodes with the labels of resource.labelSelector".into(),
+        );
+    }
+    let tuning = workspace.tuning.as_ref().and_then(|tuning| tuning.preset.as_ref());
+    let inference = workspace.inference.as_ref().and_then(|inference| inference.preset.as_ref());
+    for (place, preset) in [("tuning", tuning), ("inference", inference)] {
+        let private = preset.filter(|preset| preset.access_mode.as_deref() == Some("private"));
+        let image = private.and_then(|preset| preset.preset_options.as_ref()).map(|options| &options.image);
+        if private.is_some() && image.is_none_or(String::is_empty) {
+            warnings.push(format!(
+                "{place}.preset.accessMode private has no effect without presetOptions.image: the weights are the \
+                 catalogue's"
+            ));
+        }
+    }
+    warnings
+}
+
+fn gpu_warnings(workspace: &Workspace, gpus: Gpus) -> Vec<String> {
     let mut warnings = Vec::new();
     let instance = &workspace.resource.instance_type;
     if let Some(card) = gpus.card.filter(|card| card.matrix.is_none()) {

@@ -98,7 +98,7 @@ pub fn serve(asked: &Asked) -> Result<Served> {
     let gpus = needs::gpus(workspace, &options, settings);
     let name = inference.preset.as_ref().map(|preset| preset.name.as_str()).unwrap_or_default();
     let preset = presets::find(name).ok();
-    let mut warnings = needs::gpu_warnings(workspace, gpus);
+    let mut warnings = needs::doubts(workspace, gpus);
     if gpus.count > 1 {
         warnings.push(format!(
             "{} GPUs are reserved and a server uses one: hone.sh/gpus: \"1\" leaves the others free for more servers \

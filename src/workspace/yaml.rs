@@ -71,7 +71,12 @@ impl Document {
     /// Config: a field of another type, or one that the type does not have.
     pub fn typed<T: DeserializeOwned + Serialize>(&self) -> Result<T> {
         let typed: T = serde_json::from_value(self.value.clone()).map_err(|error| {
-            Fault::config(format!("{}: {} {}: {error}", self.place, self.kind(), self.name()))
+            let about = format!("{} {}: ", self.kind(), self.name());
+            match self.wrong::<T>(&error.to_string()) {
+                Some((place, path)) => Fault::config(format!("{place}: {about}{path}: {error}")),
+                None => Fault::config(format!("{}: {about}{error}", self.place)),
+            }
+            .help("write it as the API has it; a number or true that stands for a text needs quotes")
         })?;
         let again = serde_json::to_value(&typed).expect("what was read can be written");
         let mut unknown = Vec::new();
@@ -82,6 +87,33 @@ impl Document {
                 Err(Fault::config(unknown.join("\n  ")).help("remove what is not known, or correct its name"))
             }
         }
+    }
+
+    /// The place and the path of the value that causes an error: without it there is none, or another one.
+    fn wrong<T: DeserializeOwned>(&self, error: &str) -> Option<(String, String)> {
+        let causes = |path: &[String]| {
+            let (name, above) = path.split_last()?;
+            let mut without = self.value.clone();
+            match without.pointer_mut(&pointer(above))? {
+                Value::Object(fields) => drop(fields.remove(name)),
+                Value::Array(items) => drop(items.remove(name.parse().ok()?)),
+                _ => return None,
+            }
+            let other = serde_json::from_value::<T>(without).err();
+            Some(other.is_none_or(|other| other.to_string() != error))
+        };
+        let (mut node, mut place, mut path) = (&self.node, None, Vec::new());
+        while let Some((name, at, next)) = below(node).into_iter().find(|(name, _, _)| {
+            path.push(name.clone());
+            let found = causes(&path) == Some(true);
+            path.pop();
+            found
+        }) {
+            path.push(name);
+            (node, place) = (next, Some(at));
+        }
+        let at = place?;
+        Some((format!("{}:{}:{}", self.file, self.lines_above + at.line, at.column), path.join(".")))
     }
 
     /// Fields that were written and are not in what was understood; empty ones say nothing and may be.
@@ -144,6 +176,22 @@ fn parts(text: &str) -> Vec<(usize, &str)> {
     }
     parts.push((lines_above, &text[start..]));
     parts
+}
+
+/// The names of a map's entries or the numbers of a list's items, with their places.
+fn below(node: &Node) -> Vec<(String, yaml::Place, &Node)> {
+    match &node.content {
+        Content::Map(entries) => entries.iter().map(|e| (e.key.clone(), e.key_place, &e.node)).collect(),
+        Content::List(items) => {
+            items.iter().enumerate().map(|(at, item)| (at.to_string(), item.place, item)).collect()
+        }
+        Content::Scalar { .. } => Vec::new(),
+    }
+}
+
+/// A path as a JSON pointer.
+fn pointer(path: &[String]) -> String {
+    path.iter().map(|name| format!("/{}", name.replace('~', "~0").replace('/', "~1"))).collect()
 }
 
 fn text_of(node: &Node) -> String {
@@ -219,7 +267,11 @@ mod tests {
               help: remove what is not known, or correct its name"#]]
         .assert_eq(&fault.to_string());
         let wrong = read("w.yaml", "kind: Workspace\ntuning: {method: 3}").unwrap();
-        expect!["w.yaml:1: Workspace : invalid type: integer `3`, expected a string"]
+        expect!["w.yaml:2:10: Workspace : tuning.method: invalid type: integer `3`, expected a string"]
+            .assert_eq(&wrong[0].typed::<Workspace>().unwrap_err().message);
+        let text = "kind: Workspace\nmetadata: {name: w}\ninference:\n  adapters:\n  - source: {name: a}\n    strength: \"0.5\"\n  - strength: 0.5\n";
+        let wrong = read("w.yaml", text).unwrap();
+        expect!["w.yaml:7:5: Workspace w: inference.adapters.1.strength: invalid type: floating point `0.5`, expected a string"]
             .assert_eq(&wrong[0].typed::<Workspace>().unwrap_err().message);
     }
 

@@ -14,6 +14,7 @@ use super::several;
 use super::templates::Method;
 use crate::facts::presets;
 use crate::fault::Result;
+use crate::server;
 use crate::spec::{Mistakes, Origin};
 
 /// Checks a new Workspace. `own_model`: its weights are named by hand, so the catalogue need not know the preset.
@@ -98,10 +99,12 @@ impl Rules {
             if !source.urls.is_empty() {
                 self.wrong(&format!("{field}.source.urls"), "an adapter comes from an image or a volume");
             }
-            if !source.name.is_empty() && (source.name.contains('.') || object_name(&source.name).is_none()) {
+            // It is an id for clients too, and those are shorter than KAITO's names.
+            let fits = object_name(&source.name).is_some() && server::is_name(&source.name);
+            if !source.name.is_empty() && !fits {
                 self.wrong(
                     &format!("{field}.source.name"),
-                    format!("expected a-z, 0-9 and -, found {:?}", source.name),
+                    format!("expected up to 128 of a-z, 0-9, - and ., found {:?}", source.name),
                 );
             }
             // An adapter without a name has one by its place.

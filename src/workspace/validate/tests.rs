@@ -279,6 +279,13 @@ fn adapters() {
     let claim = json!({"persistentVolumeClaim": {"claimName": "c"}});
     assert_eq!(told(json!([{"source": {"name": "a", "volumeSource": claim}}])), "valid");
     assert_eq!(told(json!([{"source": {"name": "a", "image": "workspace://tuned"}}])), "valid");
+    // KAITO takes a name with dots; one that is too long for an id of the server is refused before it is served.
+    assert_eq!(told(json!([{"source": {"name": "tone.v1", "image": "h/a:1"}}])), "valid");
+    let long = "a".repeat(129);
+    assert!(
+        told(json!([{"source": {"name": long, "image": "h/a:1"}}]))
+            .contains("source.name: expected up to 128")
+    );
     for (adapter, part) in [
         (json!([{}]), "exactly one of image and volumeSource"),
         (json!([{"source": {"name": "a", "urls": ["https://h/a"], "image": "h/a:1"}}]), "source.urls"),
