@@ -10,33 +10,33 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Kind {
-    /// Bad command line.
+    /// The command line is wrong.
     Usage = 2,
-    /// Invalid or contradictory configuration.
+    /// The configuration is invalid or contradictory.
     Config = 10,
-    /// Dataset malformed, empty, or not what was declared.
+    /// The dataset is malformed, empty, or not what was declared.
     Data = 11,
-    /// Model unsupported, incomplete or damaged.
+    /// The model is unsupported, incomplete or damaged.
     Model = 12,
-    /// Credentials missing or refused (401, 403).
+    /// Credentials are missing or refused (401, 403).
     Auth = 13,
-    /// Does not fit: memory or disk, known before or after trying.
+    /// The job needs more memory or disk than there is.
     Capacity = 14,
     /// Training produced NaN or infinity, a spike, or an adapter without effect.
     Diverged = 15,
-    /// Download or registry unreachable after all retries.
+    /// A server or registry could not be reached after all retries.
     Network = 20,
-    /// Disk full, failing, or in use by another hone.
+    /// The disk is full or failing, or another hone uses the folder.
     Storage = 21,
     /// An accelerator failed, ranks failed or do not agree, or threads or open files ran out.
     Device = 22,
     /// Training is done and safe on disk, but the push failed.
     Push = 23,
-    /// Stopped by a signal; a checkpoint was written.
+    /// A signal stopped the run; a checkpoint was written.
     Interrupted = 30,
-    /// Stopped by a signal before anything could be saved.
+    /// A signal stopped the run before anything could be saved.
     InterruptedUnsaved = 31,
-    /// A defect of hone.
+    /// hone has a defect; please report it.
     Internal = 70,
 }
 
@@ -87,22 +87,22 @@ impl Kind {
     /// The description of the kind, in a sentence; docs/exit-codes.md holds it.
     pub fn meaning(self) -> &'static str {
         match self {
-            Kind::Usage => "Bad command line.",
-            Kind::Config => "Invalid or contradictory configuration.",
-            Kind::Data => "Dataset malformed, empty, or not what was declared.",
-            Kind::Model => "Model unsupported, incomplete or damaged.",
-            Kind::Auth => "Credentials missing or refused (401, 403).",
-            Kind::Capacity => "Does not fit: memory or disk, known before or after trying.",
+            Kind::Usage => "The command line is wrong.",
+            Kind::Config => "The configuration is invalid or contradictory.",
+            Kind::Data => "The dataset is malformed, empty, or not what was declared.",
+            Kind::Model => "The model is unsupported, incomplete or damaged.",
+            Kind::Auth => "Credentials are missing or refused (401, 403).",
+            Kind::Capacity => "The job needs more memory or disk than there is.",
             Kind::Diverged => "Training produced NaN or infinity, a spike, or an adapter without effect.",
-            Kind::Network => "Download or registry unreachable after all retries.",
-            Kind::Storage => "Disk full, failing, or in use by another hone.",
+            Kind::Network => "A server or registry could not be reached after all retries.",
+            Kind::Storage => "The disk is full or failing, or another hone uses the folder.",
             Kind::Device => {
                 "An accelerator failed, ranks failed or do not agree, or threads or open files ran out."
             }
             Kind::Push => "Training is done and safe on disk, but the push failed.",
-            Kind::Interrupted => "Stopped by a signal; a checkpoint was written.",
-            Kind::InterruptedUnsaved => "Stopped by a signal before anything could be saved.",
-            Kind::Internal => "A defect of hone.",
+            Kind::Interrupted => "A signal stopped the run; a checkpoint was written.",
+            Kind::InterruptedUnsaved => "A signal stopped the run before anything could be saved.",
+            Kind::Internal => "hone has a defect; please report it.",
         }
     }
 

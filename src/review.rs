@@ -126,7 +126,7 @@ pub fn read(plan: &Plan, options: &Options, report: &Report) -> Result<Review> {
     let (steps, packing) = packing(&train, plan);
     let (twins, compared) = twins::find(&train, &evaluation, &tokenizer);
     if compared < train.len() + evaluation.len() {
-        report.warn(Stage::Read, format!("copies are looked for among {compared} rows only"));
+        report.warn(Stage::Read, format!("hone looked for copies among {compared} rows only"));
     }
     Ok(Review {
         model: plan.model_name.clone(),

@@ -85,7 +85,8 @@ pub fn run(plan: &Serving, options: &Options, report: &Report) -> Result<()> {
         }
         std::thread::sleep(LOOK_INTERVAL);
     }
-    report.note(Stage::Load, format!("ending: {} answers are still being given", server.running()));
+    report
+        .note(Stage::Load, format!("shutting down: {} answers are still being generated", server.running()));
     server.drain(options.grace);
     Ok(())
 }
@@ -118,7 +119,7 @@ fn check_names(plan: &Serving, options: &Options) -> Result<()> {
             return Err(Fault::usage(format!("the name {name:?}: {}", server::NAME_RULE)));
         }
         if names[..at].contains(name) {
-            return Err(Fault::usage(format!("the name {name:?} stands for two things"))
+            return Err(Fault::usage(format!("the name {name:?} is used twice"))
                 .help("give the model, each adapter and each mix a name of its own"));
         }
     }

@@ -261,7 +261,7 @@ impl Trackers {
             if late || dropped + lost > 0 || why.is_some() {
                 let why = why.unwrap_or_else(|| "it did not answer in time".into());
                 let text = format!(
-                    "{name}: {dropped} points were dropped and {lost} not delivered, which changed nothing of the run: {why}"
+                    "{name}: {dropped} points were dropped and {lost} not delivered, which does not change the run: {why}"
                 );
                 self.sink.event(&Event::Warning { stage: Stage::Train, text });
             }

@@ -95,7 +95,7 @@ impl Trained {
             Trained::No => "the adapter was not trained on them",
             Trained::Yes => "the adapter was trained on them",
             Trained::Partly => "the adapter was trained on some of them",
-            Trained::Unknown => "whether the adapter was trained on them is not recorded",
+            Trained::Unknown => "no record says if the adapter was trained on them",
         }
     }
 

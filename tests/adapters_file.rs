@@ -200,7 +200,7 @@ fn a_file_of_adapters_is_followed() {
     let refused = [
         (json!({"adapters": [{"name": "gone", "source": "/nowhere"}]}), "/nowhere"),
         (json!({"adapters": [{"name": "tuned", "source": other}]}), "qwen3"),
-        (json!({"adapters": [{"name": "tiny", "source": source}]}), "stands for two things"),
+        (json!({"adapters": [{"name": "tiny", "source": source}]}), "is used twice"),
         (
             json!({"mixes": [{"name": "a", "adapters": [{"name": "b", "strength": 1.0}]}]}),
             "there is no adapter",

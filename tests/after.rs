@@ -253,5 +253,5 @@ fn what_is_missing_or_wrong_is_told_with_its_code() {
     // The same with what was missing.
     let model = ["--model", "model", "--data", "data.parquet", "--rows", "2", "--generate", "0"];
     let found = work.done(&[&["eval", "adapter"], &model[..]].concat()).stdout;
-    assert!(found.contains("is not recorded"), "{found}");
+    assert!(found.contains("no record says if"), "{found}");
 }

@@ -358,7 +358,7 @@ fn a_plan_for_a_card_needs_no_card() {
     let work = Work::new();
     work.done(&["example", "try", "--write-only"]);
     let said = work.done(&["plan", "try/hone.yaml", "--gpu", "Standard_NC24ads_A100_v4"]).stdout;
-    assert!(said.contains("may be used of a100-80") && said.contains("predicted"), "{said}");
+    assert!(said.contains("usable on a100-80") && said.contains("predicted"), "{said}");
     let refused = work.run(&["plan", "try/hone.yaml", "--gpu", "t4"]);
     assert_eq!(refused.code, Some(14), "{}", refused.stderr);
     assert!(refused.stderr.contains("t4 cannot compute in bf16"), "{}", refused.stderr);
@@ -485,10 +485,10 @@ fn a_plan_shows_every_value_and_where_it_came_from() {
         one layer at work                         2.9 MiB
         gaps between blocks                     279.8 KiB
         in all                                  643.5 MiB
-        may be used of l4                        21.1 GiB
+        usable on l4                             21.1 GiB
         1024 tokens a pass; kept: everything in 2 layers
         weights of 2 of 2 layers are kept expanded beside their 4 bits, since no other use of 1.3 MiB saves as much: each pass takes 0.0 ms less (6.5 ms a GB)
-        passes are CUDA graphs from the second of a size on; their tensors take up to 265.0 MiB of what is left
+        passes are launched as CUDA graphs from the second pass of a size on; their tensors take up to 265.0 MiB of the remaining memory
         predicted 2518036 tokens/s with examples of 1024 tokens, 19 % of the matrix rate (assumed 62 TFLOP/s, copies 0.26 TB/s; products at 82 %, attention at 25 %, passes over memory at 85 % of them)
     "#]]
     .assert_eq(&plan.stdout);

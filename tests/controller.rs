@@ -612,7 +612,7 @@ fn a_leader_whose_server_hangs_stops_and_says_why() {
     assert!(begun.elapsed() < Duration::from_secs(15), "its Lease runs out: {:?}", begun.elapsed());
     assert_eq!(
         (ended.kind, ended.message.as_str()),
-        (Kind::Interrupted, "the lead could not be renewed for 10 s")
+        (Kind::Interrupted, "the leader's Lease could not be renewed for 10 s")
     );
 }
 
@@ -1331,7 +1331,7 @@ fn adapters_change_while_servers_go_on() {
         (told(server, "chat")["mixes"][0]["adapters"][0]["strength"] == 0.5).then_some(())
     });
     asked[0].take(&server, "chat", None, "sha256:aa");
-    wait_adapters(&server, "chat", "False AdaptersPending 1 of 2 servers have taken them");
+    wait_adapters(&server, "chat", "False AdaptersPending 1 of 2 servers have applied them");
     asked[1].take(&server, "chat", None, "sha256:aa");
     wait_adapters(&server, "chat", "True AdaptersAnswer support of h.example/adapter:1 (sha256:aa) at 0.5");
 
@@ -1600,7 +1600,7 @@ fn what_is_changed_of_a_server_is_put_right() {
     });
     assert_eq!(server.get("pods", NAMESPACE, "chat-0"), Some(pod), "its pods go on");
     let text = server.list("events").iter().map(ToString::to_string).collect::<String>();
-    assert!(text.contains("is put right"), "{text}");
+    assert!(text.contains("is repaired"), "{text}");
 }
 
 /// D8 for servers: objects of somebody else are not touched, nothing is made beside them, and their end is noticed.

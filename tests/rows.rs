@@ -303,7 +303,7 @@ fn a_beginning_token_is_not_doubled() {
         "",
         expect![[r#"
             tokenize  4 rows: 36 tokens, 32 of them learned; longest 9, 0 cut to 1024, 0 dropped
-            tokenize  warning: 4 rows hold the tokens already that the tokenizer puts around a text (<s>); they are not doubled, as transformers would do
+            tokenize  warning: 4 rows already have the tokens that the tokenizer puts around a text (<s>); hone does not add them again, transformers would
             exit 0
         "#]],
     );

@@ -190,7 +190,7 @@ fn what_cannot_be_served_is_refused_before_it_loads() {
         (&["--mix", "m=a"][..], 2, "NAME=A:STRENGTH"),
         (&["--mix", "m=a:0.5"][..], 2, "there is no adapter"),
         (&["--adapter", "a=/none", "--mix", "m=a:0.5,a:0.2"][..], 2, "stands twice"),
-        (&["--adapter", "a=/none", "--adapter", "a=/none"][..], 2, "stands for two things"),
+        (&["--adapter", "a=/none", "--adapter", "a=/none"][..], 2, "is used twice"),
         (&["--adapter", "a=/none"][..], 10, "no such folder"),
         (&["--context", "100000000"][..], 10, "the model was made for"),
         (&["--tls-chain", "x"][..], 2, "tls-key"),
@@ -331,7 +331,7 @@ fn an_image_of_another_base_is_refused_with_both_names() {
     assert!(told.contains("org/other-7b") && told.contains("org/tiny"), "{told}");
     // A folder's name says too little to refuse: it is told.
     let running = launch(&cache, "", &[&adapter, "--name=tiny"]).map_err(|(_, text)| text).unwrap();
-    assert!(running.told.contains("cannot be told by these names"), "{}", running.told);
+    assert!(running.told.contains("cannot tell from these names"), "{}", running.told);
 }
 
 #[test]
@@ -412,7 +412,7 @@ fn the_memory_of_a_server_is_planned_ahead() {
     let folder = golden("model").display().to_string();
     let (code, text, told) = plan(&["--serve", &folder, "--device", "cpu"]);
     assert_eq!(code, 0, "{told}");
-    assert!(text.contains("keys and values of") && text.contains("may be used of this CPU"), "{text}");
+    assert!(text.contains("keys and values of") && text.contains("usable on this CPU"), "{text}");
     let card = ["--serve", "preset:falcon-7b", "--gpu", "l4", "--format", "json"];
     let (code, text, told) = plan(&card);
     assert_eq!(code, 0, "{told}");

@@ -693,7 +693,7 @@ fn gpus_of_the_instance_type_and_what_does_not_fit() {
         None,
         Kind::Capacity,
         expect![[r#"
-            resource.instanceType g6.xlarge: training needs at least 40.4 GiB, and 21.1 GiB may be used of l4: base, 4 bits with scales 32.9 GiB, embedding 2.0 GiB, output head 2.0 GiB, adapter, its gradient and two moments 1.7 GiB, a weight expanded for a product 904.0 MiB, context and kernels 600.0 MiB, logits of a chunk 250.5 MiB, one layer at work 95.3 MiB, workspace of products 32.0 MiB, norms and biases 5.0 MiB, gaps between blocks 3.0 MiB
+            resource.instanceType g6.xlarge: training needs at least 40.4 GiB, but only 21.1 GiB can be used on l4: base, 4 bits with scales 32.9 GiB, embedding 2.0 GiB, output head 2.0 GiB, adapter, its gradient and two moments 1.7 GiB, a weight expanded for a product 904.0 MiB, context and kernels 600.0 MiB, logits of a chunk 250.5 MiB, one layer at work 95.3 MiB, workspace of products 32.0 MiB, norms and biases 5.0 MiB, gaps between blocks 3.0 MiB
               help: lower LoraConfig.r; use a larger card, such as l40s
         "#]],
     );

@@ -46,7 +46,8 @@ pub(super) struct Bench {
     /// Rank of the adapter on all linear layers
     #[arg(id = "lora_rank", long = "rank", value_name = "RANK", default_value = "16", env = "HONE_LORA_RANK", value_parser = positive)]
     rank: usize,
-    /// How much each layer keeps for the backward pass: auto, everything, ..., host-inputs
+    /// Results that each layer keeps for the backward pass: auto, everything, without-gate-up, attention-output,
+    /// layer-inputs or host-inputs
     #[arg(long, value_name = "LEVEL", default_value = "auto", env = "HONE_KEEP")]
     keep: String,
     /// Place of the layers' 4-bit weights: auto, resident or streamed

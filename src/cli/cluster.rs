@@ -9,7 +9,7 @@ use super::command::{Command, ObjectFormat};
 use crate::controller;
 use crate::workspace::{Cloud, Settings, tune};
 
-/// Print the objects of a KAITO Workspace: the Job of one that tunes, the servers of one that serves
+/// Print the Kubernetes objects of a KAITO Workspace: a Job for tuning, or servers for inference
 #[derive(Args)]
 #[command(after_help = "Examples:\n  hone render -f workspace.yaml | kubectl apply -f -\n  \
     hone render -f workspace.yaml -f my-params.yaml --image registry.example.com/hone:cuda")]
@@ -26,7 +26,7 @@ pub(super) struct Render {
     files: Vec<PathBuf>,
     #[command(flatten)]
     cluster: Cluster,
-    /// YAML, or a JSON List
+    /// Format of the output: YAML documents, or a List in JSON
     #[arg(long, value_enum, default_value = "yaml", env = "HONE_FORMAT")]
     format: ObjectFormat,
 }
@@ -78,7 +78,7 @@ pub(super) struct Tune {
     /// Instance type to request and to plan for, such as Standard_NC24ads_A100_v4
     #[arg(long, value_name = "TYPE", env = "HONE_INSTANCE")]
     instance: Option<String>,
-    /// Number of nodes that train together; claims that are named must then be ReadWriteMany [default: 1]
+    /// Number of nodes that train together; above 1, the named claims must be ReadWriteMany [default: 1]
     #[arg(long, value_name = "NUMBER", env = "HONE_NODES")]
     nodes: Option<i32>,
     /// Label of the nodes that may be used, key=value; may be repeated [default: apps=NAME]
@@ -136,10 +136,10 @@ pub(super) struct Controller {
     /// Address that serves /healthz, /readyz and /metrics
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:8080", env = "HONE_ADDRESS")]
     address: SocketAddr,
-    /// Review Workspaces when they are applied, so that kubectl apply shows their mistakes (jobs/webhook)
+    /// Validate Workspaces when they are applied, so that kubectl apply shows their mistakes (jobs/webhook)
     #[arg(long, env = "HONE_WEBHOOK")]
     webhook: bool,
-    /// Address that answers the API server's reviews
+    /// Address of the admission webhook, which the API server calls
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:9443", env = "HONE_WEBHOOK_ADDRESS")]
     webhook_address: SocketAddr,
 }
@@ -169,7 +169,7 @@ struct Cluster {
     /// Image of hone in the cluster [default: hone:cuda, or hone:cpu with --gpus 0]
     #[arg(long, value_name = "IMAGE", env = "HONE_IMAGE")]
     image: Option<String>,
-    /// GPUs of a pod [default: those of the instance type, or else 1]; with 0 it trains on the CPU
+    /// Number of GPUs of a pod [default: those of the instance type, or else 1]; 0 trains on the CPU
     #[arg(long, value_name = "GPUS", env = "HONE_GPUS", value_parser = clap::value_parser!(u32).range(0..=64))]
     gpus: Option<u32>,
     /// Cloud of the cluster: azure, aws or other [default: derived from the instance type]

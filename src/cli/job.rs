@@ -207,7 +207,8 @@ pub(super) struct Job {
     /// Number of processes that train together on this machine [default: one for each GPU, or one]
     #[arg(long, value_name = "NUMBER", env = "HONE_RANKS")]
     ranks: Option<String>,
-    /// How much each layer keeps for the backward pass: auto, everything, ..., host-inputs
+    /// Results that each layer keeps for the backward pass: auto, everything, without-gate-up, attention-output,
+    /// layer-inputs or host-inputs
     #[arg(long, value_name = "LEVEL", env = "HONE_KEEP")]
     keep: Option<String>,
     /// Upper limit of the memory to use: 20GiB, bytes, or a share of the free memory

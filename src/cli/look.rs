@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::command::{AboutModel, Command, Format};
 
-/// Show what hone reads in a model: facts, LoRA sites, memory, missing files
+/// Show a model's architecture, its layers for LoRA, its memory needs and missing files
 #[derive(Args)]
 #[command(after_help = "Examples:\n  hone model ./phi-3\n  \
     hone model ./phi-3 --target-modules qkv_proj,o_proj --rank 16 --format json\n  \
@@ -27,7 +27,7 @@ impl Model {
     }
 }
 
-/// Make the page that explains a run from its folder of results, or one that compares several runs
+/// Write the HTML report of a run from its output folder, or a page that compares several runs
 #[derive(Args)]
 #[command(after_help = "Examples:\n  hone report ./adapter\n  \
     hone report ./rank-8 ./rank-16 ./rank-32 --to ranks.html")]
@@ -35,7 +35,7 @@ pub(super) struct Report {
     /// Output folders of `hone run`
     #[arg(value_name = "DIR", required = true)]
     folders: Vec<PathBuf>,
-    /// File for the page [default: report.html in the one folder, comparison.html here for several]
+    /// File for the page [default: report.html in the run's folder; for several runs comparison.html in this folder]
     #[arg(long, value_name = "FILE", env = "HONE_TO")]
     to: Option<PathBuf>,
 }

@@ -80,14 +80,14 @@ pub fn shown(error: &clap::Error) -> String {
 #[derive(Parser)]
 #[command(name = "hone", version, about, max_term_width = 110, arg_required_else_help = true)]
 #[command(
-    after_help = "Exit codes: 0: done; 2, 10-15: something must be changed first; 20-23, 30, 31: a retry can help.\n\
+    after_help = "Exit codes: 0: done; 2, 10-15: change something first; 20-23, 30, 31: a retry can help; 70: a defect.\n\
     Every flag is also an environment variable, and every key of the job can be written in one YAML file."
 )]
 struct Cli {
-    /// How events are shown on stderr
+    /// Format of the events on stderr
     #[arg(long, value_enum, default_value = "auto", env = "HONE_LOG", global = true, display_order = 100)]
     log: Log,
-    /// Only warnings and errors
+    /// Show only warnings and errors
     #[arg(short, long, env = "HONE_QUIET", global = true, display_order = 101)]
     quiet: bool,
     #[command(subcommand)]

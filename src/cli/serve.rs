@@ -40,7 +40,7 @@ pub(super) struct Serve {
     /// Address and port to listen on
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8000", env = "HONE_LISTEN")]
     listen: SocketAddr,
-    /// Second address, which answers GET /v1/models without the key; for the network of the one who runs the server
+    /// Second address that answers GET /v1/models without the key, for an internal network
     #[arg(long, value_name = "ADDRESS:PORT", env = "HONE_STATUS")]
     status: Option<SocketAddr>,
     /// Device: auto, cpu, cuda or cuda:N

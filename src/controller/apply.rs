@@ -62,7 +62,7 @@ pub async fn apply(
     let what = match (set, same) {
         (None, _) => "made",
         (Some(_), false) => "changed",
-        (Some(_), true) => "put right, because one of its objects was changed or removed",
+        (Some(_), true) => "repaired, because one of its objects was changed or removed",
     };
     let mut told = format!("StatefulSet {} is {what}", of.workspace.name());
     for warning in &served.warnings {

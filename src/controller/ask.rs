@@ -73,7 +73,7 @@ async fn one(client: &reqwest::Client, pod: &Pod) -> Result<Said, String> {
     let address = address.ok_or_else(|| format!("pod {name} has no address yet"))?;
     // The status port asks for no key, which the controller could not know, because it reads no Secrets.
     let url = format!("http://{}/v1/models", std::net::SocketAddr::new(address, STATUS_PORT as u16));
-    let failed = |error: reqwest::Error| format!("pod {name} cannot be asked: {}", error.without_url());
+    let failed = |error: reqwest::Error| format!("pod {name} cannot be queried: {}", error.without_url());
     let mut response = client.get(url).send().await.map_err(failed)?;
     match response.status().as_u16() {
         200 => {}
@@ -135,7 +135,7 @@ pub fn stand(answers: &Answers, pods: &[Arc<Pod>], file: &str) -> Adapters {
         return Adapters::Answer(parts.unwrap_or_default());
     }
     let trouble = ready.iter().find_map(|pod| of(pod)?.as_ref().err().cloned());
-    let told = format!("{count} of {} servers have taken them", ready.len());
+    let told = format!("{count} of {} servers have applied them", ready.len());
     Adapters::Pending(trouble.map_or(told.clone(), |trouble| format!("{told}; {trouble}")))
 }
 
@@ -199,17 +199,17 @@ mod tests {
         );
         assert_eq!(
             stands(said("new", None), said("old", None)),
-            Adapters::Pending("1 of 2 servers have taken them".into())
+            Adapters::Pending("1 of 2 servers have applied them".into())
         );
         assert_eq!(
-            stands(said("new", None), Err("pod two cannot be asked".into())),
-            Adapters::Pending("1 of 2 servers have taken them; pod two cannot be asked".into())
+            stands(said("new", None), Err("pod two cannot be queried".into())),
+            Adapters::Pending("1 of 2 servers have applied them; pod two cannot be queried".into())
         );
         assert_eq!(stands(said("new", None), said("new", Some("no"))), Adapters::Refused("no".into()));
         // A statement about an older file no longer counts.
         assert_eq!(
             stands(said("new", None), said("old", Some("no"))),
-            Adapters::Pending("1 of 2 servers have taken them".into())
+            Adapters::Pending("1 of 2 servers have applied them".into())
         );
     }
 }

@@ -204,17 +204,17 @@ const VALUES: &str = "\
 # Image of the controller; hone:cpu as README builds it, under the name of a registry.
 image: hone:cpu
 imagePullPolicy: IfNotPresent
-# Image of tuning Jobs and of servers; empty: hone:cuda, or hone:cpu where a Workspace asks for no GPU.
+# Image of tuning Jobs and of servers; empty: hone:cuda, or hone:cpu if a Workspace needs no GPU.
 jobImage: \"\"
-# One leads, the others wait.
+# One replica is the leader, the others wait.
 replicas: 2
 # GPUs of a pod; empty: those of the instance type.
 gpus: \"\"
-# azure, aws or other; empty: told from the instance type.
+# azure, aws or other; empty: derived from the instance type.
 cloud: \"\"
 # Only this namespace's Workspaces; empty: all.
 namespace: \"\"
-# Review Workspaces when they are applied, so that kubectl apply shows their mistakes.
+# Validate Workspaces when they are applied, so that kubectl apply shows their mistakes.
 webhook: false
 ";
 

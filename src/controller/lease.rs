@@ -59,7 +59,7 @@ impl Election {
                 Err(error) => tracing::warn!(target: "hone", "lease {}: {error}", self.name),
             }
         }
-        format!("the lead could not be renewed for {} s", RENEW_DEADLINE.as_secs())
+        format!("the leader's Lease could not be renewed for {} s", RENEW_DEADLINE.as_secs())
     }
 
     /// Releases the Lease, so that the next leader need not wait.
@@ -75,7 +75,7 @@ impl Election {
         };
         // A Lease that cannot be released expires.
         if let Err(error) = in_time(RETRY, give).await {
-            tracing::warn!(target: "hone", "lease {} is not given back: {error}", self.name);
+            tracing::warn!(target: "hone", "Lease {} is not released: {error}", self.name);
         }
     }
 

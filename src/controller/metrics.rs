@@ -72,7 +72,7 @@ impl Metrics {
         family(
             "hone_reconcile_errors_total",
             "counter",
-            "Looks that failed and are tried again.",
+            "Reconciliations that failed and are tried again.",
             &one(number(&self.errors)),
         );
         let seconds = number(&self.microseconds) / 1e6;
@@ -106,7 +106,7 @@ mod tests {
             # HELP hone_reconciles_total Workspaces looked at.
             # TYPE hone_reconciles_total counter
             hone_reconciles_total 0
-            # HELP hone_reconcile_errors_total Looks that failed and are tried again.
+            # HELP hone_reconcile_errors_total Reconciliations that failed and are tried again.
             # TYPE hone_reconcile_errors_total counter
             hone_reconcile_errors_total 0
             # HELP hone_reconcile_seconds_total Time that looking took.

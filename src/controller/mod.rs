@@ -560,7 +560,7 @@ async fn follow_presence(context: &Arc<Context>, again: &watch::Sender<u64>, rep
         match (before.kaito, now.kaito) {
             (false, true) => report.warn(Stage::Plan, KAITO_IS_HERE),
             (true, false) => {
-                report.note(Stage::Plan, "KAITO's controller is gone: Workspaces are looked after")
+                report.note(Stage::Plan, "KAITO's controller is gone: this controller reconciles Workspaces")
             }
             _ => {}
         }
@@ -569,7 +569,7 @@ async fn follow_presence(context: &Arc<Context>, again: &watch::Sender<u64>, rep
             for event in [watcher::Event::Init, watcher::Event::InitDone] {
                 context.claims.take(event, nodes::owner, same_version);
             }
-            report.note(Stage::Plan, format!("nodes are asked for by: {}", now.provider.name()));
+            report.note(Stage::Plan, format!("nodes are requested through: {}", now.provider.name()));
         }
         before = now;
         context.look_at_all();

@@ -203,7 +203,7 @@ pub fn differs(workspace: &Workspace, provider: Provider, claims: &[Arc<DynamicO
 pub fn claimed(claims: &[Arc<DynamicObject>]) -> Option<(bool, String)> {
     let mut alive = claims.iter().filter(|claim| is_alive(claim)).map(|claim| readiness(&claim.data));
     let Some(first) = alive.next() else {
-        return claims.first().map(|_| (false, "the node that was asked for is on its way out".into()));
+        return claims.first().map(|_| (false, "the requested node is being deleted".into()));
     };
     let missing = |told: &(bool, String)| !told.0;
     Some(if missing(&first) { first } else { alive.find(missing).unwrap_or(first) })
@@ -362,7 +362,7 @@ fn readiness(object: &Value) -> (bool, String) {
     let why = conditions.iter().find(|condition| condition["status"] == "False");
     let text = |field: &str| why.and_then(|why| why[field].as_str()).unwrap_or_default().to_owned();
     match text("message").is_empty() {
-        true => (false, "the node was asked for".into()),
+        true => (false, "the node was requested".into()),
         false => (false, format!("{}: {}", text("reason"), text("message"))),
     }
 }

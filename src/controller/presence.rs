@@ -75,7 +75,7 @@ pub async fn keep(client: &Client, found: &watch::Sender<Presence>, again: &watc
             }
             Err(error) => {
                 if answered {
-                    tracing::warn!(target: "hone", "{error}; it is asked again");
+                    tracing::warn!(target: "hone", "{error}; it is tried again");
                 }
                 answered = false;
             }

@@ -162,7 +162,7 @@ pub fn with_adapters(
         Some(Adapters::Answer(parts)) => set(true, "AdaptersAnswer", &parts.join(", ")),
         Some(Adapters::Pending(why)) => set(false, "AdaptersPending", why),
         Some(Adapters::Refused(why)) => {
-            set(false, "AdaptersRefused", &format!("{why}; the adapters before go on"))
+            set(false, "AdaptersRefused", &format!("{why}; the servers keep the earlier adapters"))
         }
     }
     status.conditions = conditions.list;

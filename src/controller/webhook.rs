@@ -388,7 +388,8 @@ fn tunes(workspace: &Workspace, config: Option<&ConfigMap>, settings: &Settings)
     match (written, named) {
         (None, true) => {
             let mut warnings = with(default)?.warnings;
-            warnings.push(format!("tuning.config: there is no ConfigMap {name} yet; it waits for it"));
+            warnings
+                .push(format!("tuning.config: there is no ConfigMap {name} yet; the Workspace waits for it"));
             Ok(warnings)
         }
         (None, false) => with(default).map(|rendered| rendered.warnings),
@@ -414,7 +415,7 @@ fn serves(workspace: &Workspace, config: Option<&ConfigMap>, settings: &Settings
     };
     match config.map(|map| entry_of(map, &name, inference::CONFIG_FILE)).transpose() {
         Ok(None) if !name.is_empty() => {
-            told(format!("inference.config: there is no ConfigMap {name} yet; it waits for it"))
+            told(format!("inference.config: there is no ConfigMap {name} yet; the Workspace waits for it"))
         }
         Ok(written) => with(written).or_else(|fault| told(words::of_fault(fault))),
         Err(fault) => told(words::of_fault(fault)),

@@ -116,7 +116,7 @@ impl Tally {
         if *dropped > 0 {
             let tokens = options.tokens_max;
             warnings.push(format!(
-                "{dropped} of {rows} rows teach nothing within {tokens} tokens and were dropped"
+                "{dropped} of {rows} rows have nothing to learn within {tokens} tokens and were dropped"
             ));
         }
         warnings.extend(self.cannot_stop(tokenizer));
@@ -154,8 +154,8 @@ impl Tally {
         let token = tokenizer.bos().unwrap_or_else(|| tokenizer.eos());
         (doubled > 0).then(|| {
             format!(
-                "{doubled} rows hold the tokens already that the tokenizer puts around a text ({token}); they are not doubled, \
-                 as transformers would do"
+                "{doubled} rows already have the tokens that the tokenizer puts around a text ({token}); hone does not add them again, \
+                 transformers would"
             )
         })
     }

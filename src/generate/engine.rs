@@ -585,13 +585,12 @@ impl Worker {
         self.answer(&turns, logits)
     }
 
-    /// Says once that steps are not recorded, and why.
+    /// Warns once that steps are not recorded, with the reason.
     #[cfg(feature = "cuda")]
     fn warn_of_refusal(&mut self) {
         let refusal = self.cache.replay().and_then(Replay::refusal);
         if let (Some(refusal), Some(report)) = (refusal, self.report.take_if(|_| refusal.is_some())) {
-            let told =
-                "The driver refused to record a step, so every launch of a step is asked for by itself";
+            let told = "The driver refused to record a step as a CUDA graph, so hone launches its kernels one by one";
             report.warn(Stage::Load, format!("{told}, which is slower: {refusal}"));
         }
     }

@@ -172,7 +172,7 @@ impl Estimate {
     /// The estimate as lines for people.
     pub fn table(&self) -> String {
         let mut text = match self.size {
-            None => "work: unknown until the data is on this machine as parquet\n".to_owned(),
+            None => "work: unknown, because the data is not on this machine as parquet yet\n".to_owned(),
             Some(Size { rows, steps, tokens }) => {
                 format!(
                     "work: {steps} optimizer steps over {rows} rows, about {tokens} tokens (estimated from footers)\n"

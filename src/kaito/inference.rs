@@ -228,7 +228,7 @@ fn adapters(root: &Path, warnings: &mut Vec<String>) -> Vec<(String, PathBuf)> {
         }
         match path.join(ADAPTER_CONFIG).is_file() {
             true => found.push((name, path)),
-            false => warnings.push(format!("{} holds no adapter and is passed over", path.display())),
+            false => warnings.push(format!("{} holds no adapter and is ignored", path.display())),
         }
     }
     found.sort();

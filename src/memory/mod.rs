@@ -513,7 +513,7 @@ fn refusal(solver: &Solver) -> Fault {
         (_, None) => help.push("no card in hone's table is large enough".into()),
     }
     Fault::capacity(format!(
-        "training needs at least {}, and {} may be used of {}: {}",
+        "training needs at least {}, but only {} can be used on {}: {}",
         words::size(needed.bytes()),
         words::size(machine.memory),
         machine.name,

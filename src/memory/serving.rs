@@ -283,7 +283,7 @@ impl Solver<'_> {
             (Place::Gpu, None) => help.push("no card in hone's table is large enough".into()),
         }
         Fault::capacity(format!(
-            "serving needs at least {}, and {} may be used of {}: {}",
+            "serving needs at least {}, but only {} can be used on {}: {}",
             size(needed),
             size(self.machine.memory),
             self.machine.name,
@@ -316,7 +316,7 @@ impl Plan {
         let line = |what: &str, bytes: u64| format!("{what:<wide$}  {:>10}\n", size(bytes));
         let mut table: String = self.terms.iter().map(|term| line(&term.what, term.bytes)).collect();
         table += &line("in all", self.bytes());
-        table += &line(&format!("may be used of {}", machine.name), self.memory);
+        table += &line(&format!("usable on {}", machine.name), self.memory);
         table + &format!("{}\n", self.choice())
     }
 
@@ -396,7 +396,7 @@ mod tests {
         let asked = Served { context: Some(served.facts.positions_max), ..served.clone() };
         let fault = solve(&asked, &tight).unwrap_err();
         assert_eq!(fault.kind, Kind::Capacity);
-        assert!(fault.to_string().contains("may be used of l4"), "{fault}");
+        assert!(fault.to_string().contains("can be used on l4"), "{fault}");
         let eight = solve(&Served { cache: CacheType::Fp8, ..served.clone() }, &machine("l4")).unwrap();
         assert!(eight.fits.abs_diff(2 * whole.fits) <= 2 * PAGE, "{} {}", eight.fits, whole.fits);
         let none = Machine { memory: 1 << 30, ..machine("l4") };

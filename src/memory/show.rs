@@ -26,7 +26,7 @@ impl Plan {
         let line = |what: &str, bytes: u64| format!("{what:<wide$}  {:>10}\n", size(bytes));
         let mut table: String = self.terms.iter().map(|term| line(&term.what, term.bytes)).collect();
         table += &line("in all", self.bytes());
-        table += &line(&format!("may be used of {}", machine.name), self.memory);
+        table += &line(&format!("usable on {}", machine.name), self.memory);
         table += &format!("{}\n", self.choice());
         let lines = [self.expanded(), self.inputs(machine), self.weights(machine), self.graphs(machine)];
         table += &lines.into_iter().flatten().map(|line| format!("{line}\n")).collect::<String>();
@@ -78,7 +78,8 @@ impl Plan {
     fn graphs(&self, machine: &Machine) -> Option<String> {
         (machine.place == Place::Gpu && self.graph_bytes() > 0).then(|| {
             format!(
-                "passes are CUDA graphs from the second of a size on; their tensors take up to {} of what is left",
+                "passes are launched as CUDA graphs from the second pass of a size on; their tensors take up to {} of the \
+                 remaining memory",
                 size(self.graph_bytes())
             )
         })

@@ -222,7 +222,7 @@ fn what_does_not_fit_is_refused_with_numbers() {
     task.tokens_min = 65536;
     let fault = solve(&task, &with_memory(5 << 30)).unwrap_err();
     assert_eq!(fault.kind, crate::fault::Kind::Capacity);
-    assert!(fault.message.contains("5.0 GiB may be used of h200"), "{fault}");
+    assert!(fault.message.contains("5.0 GiB can be used on h200"), "{fault}");
     let help = fault.help.unwrap();
     assert!(help.contains("max_length") && help.contains("use a larger card, such as "), "{help}");
     // The length that the help offers fits, and one more token does not.

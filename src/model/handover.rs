@@ -88,7 +88,8 @@ pub(super) fn take(reader: usize, told: &[u8], weights: Vec<&mut FourBit>, devic
     }
     for (form, weight) in forms.into_iter().zip(weights) {
         let code = [Code::Nf4, Code::Fp4].into_iter().find(|code| code.name() == form.code);
-        weight.code = code.ok_or_else(|| Fault::internal(format!("rank {reader} told of {}", form.code)))?;
+        weight.code =
+            code.ok_or_else(|| Fault::internal(format!("rank {reader} sent a weight of {}", form.code)))?;
         weight.block = form.block;
         // Memory without values: only its size counts until the pieces are there.
         let sized = |bytes: usize| Tensor::zeros(bytes, DType::U8, &Device::Cpu);

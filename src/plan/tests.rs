@@ -561,7 +561,7 @@ fn evaluations_by_share_and_by_time() {
     assert_eq!(case.plan("eval_minutes: 30\n").unwrap().train.evaluation, Every::Minutes(30.0));
     let best = format!("eval_minutes: 30\n{}", arguments("load_best_model_at_end: true"));
     let warned = case.plan(&best).unwrap().warnings;
-    assert!(warned.iter().any(|text| text.contains("depends on the machine's speed")), "{warned:?}");
+    assert!(warned.iter().any(|text| text.contains("depend on the machine's speed")), "{warned:?}");
     let both = format!("eval_minutes: 30\n{}", arguments("eval_strategy: steps"));
     assert!(case.plan(&both).unwrap_err().message.contains("both say when to evaluate"));
 }

@@ -20,7 +20,7 @@ const OTHERS: [(&str, &str); 12] = [
     ("flyte", "use tensorboard or mlflow"),
     ("swanlab", "use tensorboard: SwanLab converts its event files"),
     ("trackio", "use tensorboard or mlflow"),
-    ("kubeflow", "nothing is to be set: a pod of a TrainJob tells its controller by itself"),
+    ("kubeflow", "no setting is needed: a pod of a TrainJob reports to its controller by itself"),
 ];
 
 /// The trackers; nothing is asked of them yet.

@@ -55,7 +55,7 @@ pub(super) fn train_options(
     if let (Every::Minutes(_), Some(_)) = (evaluation, &judging) {
         let origin = reader.origin(Section::Hone, "eval_minutes");
         reader.warn(format!(
-            "{origin}: eval_minutes: which evaluation is the best, and when training stops early, depends on the machine's speed"
+            "{origin}: eval_minutes: the best evaluation and early stopping depend on the machine's speed"
         ));
     }
     let schedule = schedule::schedule(reader, learning_rate);

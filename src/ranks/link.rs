@@ -639,7 +639,7 @@ impl Shared {
         (!waits).then(|| {
             Fault::new(
                 Kind::Device,
-                format!("{} ended without a word: its connection closed, so it was killed or crashed", peer.name),
+                format!("{} ended without a message: its connection closed, so it was killed or crashed", peer.name),
             )
             .help("start it again: it continues from its newest checkpoint; that rank's log and its node say more")
         })
@@ -966,7 +966,7 @@ mod tests {
                 }
                 String::new()
             });
-            let reason = if parent_knows { "): killed by signal 9" } else { "ended without a word" };
+            let reason = if parent_knows { "): killed by signal 9" } else { "ended without a message" };
             for message in &all[..2] {
                 assert!(message.starts_with("rank 2 of 3 (") && message.contains(reason), "{message}");
             }

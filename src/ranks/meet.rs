@@ -225,12 +225,14 @@ fn wait_for_all(
                 }
             },
             Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return Err(Fault::internal("rank 0 takes no more calls")),
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(Fault::internal("rank 0 accepts no more connections"));
+            }
         }
         if Instant::now() >= until {
             let missing: Vec<usize> = (1..place.world).filter(|rank| there[*rank].is_none()).collect();
             return Err(late(
-                &format!("ranks {} of {} did not come", words::list(&missing, RANKS_SHOWN), place.world),
+                &format!("ranks {} of {} did not connect", words::list(&missing, RANKS_SHOWN), place.world),
                 limits,
             ));
         }
@@ -263,7 +265,7 @@ fn admit(greeting: Greeting, place: Place) -> Result<(Hello, TcpStream)> {
 }
 
 fn hello(frame: &Frame, place: Place) -> Result<Hello> {
-    let unread = || Fault::internal("a rank said nothing that can be read when it came");
+    let unread = || Fault::internal("the first message of a rank cannot be read");
     let hello: Hello = serde_json::from_slice(&frame.body).map_err(|_| unread())?;
     if hello.world != place.world {
         return Err(Fault::new(
@@ -281,8 +283,11 @@ fn hello(frame: &Frame, place: Place) -> Result<Hello> {
     }
     match (1..hello.world).contains(&hello.rank) {
         true => Ok(hello),
-        false => Err(Fault::config(format!("{} calls rank 0, which is itself", hello.name()))
-            .help("give every process a rank of its own")),
+        false => Err(Fault::config(format!(
+            "{} connects to rank 0, but has the number of rank 0 itself",
+            hello.name()
+        ))
+        .help("give every process a rank of its own")),
     }
 }
 
@@ -528,7 +533,7 @@ mod tests {
     fn who_does_not_come_is_named() {
         let (listener, port) = bound();
         let fault = take_all(&seat(0, 3, port, "t"), &SHORT, listener).map(drop).unwrap_err();
-        assert_eq!(fault.message, "ranks 1, 2 of 3 did not come within 0 s");
+        assert_eq!(fault.message, "ranks 1, 2 of 3 did not connect within 0 s");
         assert_eq!(
             words::list(&(1..=17).collect::<Vec<_>>(), RANKS_SHOWN),
             "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16 and 1 more"

@@ -234,7 +234,7 @@ fn without(fields: &Fields) -> Result<()> {
         let usual: Value = serde_json::from_str(usual).expect("a constant");
         let number = usual.as_f64().map(|number| json!(number));
         let usual: Vec<Value> = [usual].into_iter().chain(number).collect();
-        fields.refuse(name, &usual, "the answer would be another one; leave it out")?;
+        fields.refuse(name, &usual, "it would change the answer; leave it out")?;
     }
     Ok(())
 }
@@ -292,7 +292,9 @@ pub fn chat_text(fields: &Fields, model: &Model) -> Result<String> {
     context.insert("messages".into(), Value::Array(messages));
     context.insert("add_generation_prompt".into(), begin.into());
     let chat = model.chat.as_ref().ok_or_else(|| {
-        Error::bad("The model has no chat template; ask /v1/completions, or serve it with --chat-template")
+        Error::bad(
+            "The model has no chat template; use /v1/completions, or start the server with --set ModelConfig.chat_template=FILE",
+        )
     })?;
     let mut text = chat.text(context).map_err(|problem| Error::field("messages", problem))?;
     if goes_on {

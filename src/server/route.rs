@@ -155,7 +155,9 @@ impl Service {
     /// The model, for a new request.
     fn serving(&self) -> Result<Arc<Model>> {
         match self.state.phase() {
-            Phase::Draining(_) => Err(Error::unavailable("The server ends and takes no new requests")),
+            Phase::Draining(_) => {
+                Err(Error::unavailable("The server is shutting down and takes no new requests"))
+            }
             _ => self.model(),
         }
     }

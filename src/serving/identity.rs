@@ -37,8 +37,8 @@ pub fn check(source: &str, annotated: &[String], served: &[String]) -> Result<Op
     match compare(annotated, served) {
         Verdict::Same => Ok(None),
         Verdict::Unknown => Ok(Some(format!(
-            "{said}, and the served base is called {}: whether they are the same model cannot be told by these names; \
-             only names and shapes of the tensors were compared",
+            "{said}, and the served base is called {}: hone cannot tell from these names if they are the same model; \
+             it compared only names and shapes of the tensors",
             served.join(", ")
         ))),
         Verdict::Another => Err(Fault::config(format!(

@@ -132,7 +132,7 @@ impl Live {
         if let Err(fault) = self.take(&text) {
             let told = fault.in_a_line();
             if before.as_ref() != Some(&told) {
-                let told = format!("{}: {told}; what was served goes on", self.file.display());
+                let told = format!("{}: {told}; the server keeps its earlier adapters", self.file.display());
                 self.report.warn(Stage::Load, told);
             }
             self.retry = Some((Instant::now() + backoff::pause(RETRY, RETRY_MAX, failures), failures));
@@ -186,7 +186,7 @@ impl Live {
                 )));
             }
             if !names.insert(name) {
-                return Err(wrong(format!("the name {name:?} stands for two things")));
+                return Err(wrong(format!("the name {name:?} is used twice")));
             }
         }
         let missing = |name: &&str| !names.contains(*name) && !self.fixed.iter().any(|fixed| fixed == name);

@@ -103,8 +103,8 @@ impl Trainer<'_> {
                 format!("the adapter has no effect after {done} steps: every value of lora_B is still zero"),
             )
             .help(
-                "the updates are nothing: lower learning_rate or lora_alpha if they are far from the usual (a moment \
-                 overflowed), raise them from 0; no adapter was written",
+                "the updates were zero: lower learning_rate or lora_alpha if they are far above their usual values (a moment \
+                 overflowed), or raise them if they are near 0; no adapter was written",
             )),
         }
     }

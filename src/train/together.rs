@@ -93,7 +93,9 @@ pub(super) fn agree<T: Serialize + DeserializeOwned>(
             None => Ok(Heard { outcome: outcome(vec![said]), told: vec![told] }),
         };
     }
-    let unsaid = |error: serde_json::Error| Fault::internal(format!("a word to the other ranks: {error}"));
+    let unsaid = |error: serde_json::Error| {
+        Fault::internal(format!("a message to the other ranks cannot be encoded: {error}"))
+    };
     let told = serde_json::to_value(told).map_err(unsaid)?;
     let words = ranks.exchange(&serde_json::to_vec(&Word { said, told }).map_err(unsaid)?)?;
     let words = words

@@ -55,7 +55,7 @@ pub fn apply(files: &[PathBuf], settings: &Settings) -> Result<Applied> {
     let mut applied = Applied::default();
     for document in &others {
         applied.warnings.push(format!(
-            "{}: {} {} is passed over",
+            "{}: {} {} is ignored",
             document.place,
             kind(document),
             document.name()

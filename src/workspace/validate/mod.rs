@@ -80,7 +80,10 @@ impl Rules {
     fn inference(&mut self, inference: &Inference, own_model: bool) {
         match &inference.preset {
             None if inference.template.is_some() => {
-                self.wrong("inference.template", "a pod of one's own is KAITO's to serve; name a preset");
+                self.wrong(
+                    "inference.template",
+                    "hone does not serve pod templates, KAITO does; name a preset",
+                );
             }
             None => self.wrong("inference.preset", "missing; `hone model --preset NAME` knows the names"),
             Some(preset) => self.preset("inference.preset", preset, own_model),
