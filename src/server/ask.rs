@@ -450,13 +450,7 @@ fn common(fields: &Fields, model: &Model, form: Form, prompts: Vec<Prompt>) -> R
     let asked = asked.or(fields.size("max_tokens", least..=i64::MAX)?);
     let legacy = (form == Form::Completion).then_some(16); // OpenAI's default of the older form.
     let max_tokens = room(model, &prompts, asked, model.defaults.max_tokens.or(legacy))?;
-    let min_tokens = fields.size("min_tokens", 0..=i64::MAX)?.unwrap_or(0);
-    if min_tokens > max_tokens {
-        return Err(Error::field(
-            "min_tokens",
-            format!("min_tokens {min_tokens} is more than max_tokens {max_tokens}"),
-        ));
-    }
+    let min_tokens = min_tokens(fields, max_tokens)?;
     let request = Request {
         prompt: Vec::new(),
         max_tokens,
@@ -484,6 +478,17 @@ fn common(fields: &Fields, model: &Model, form: Form, prompts: Vec<Prompt>) -> R
         offer: None,
         ignored,
     })
+}
+
+/// Tokens before an answer may end.
+fn min_tokens(fields: &Fields, max_tokens: usize) -> Result<usize> {
+    match fields.size("min_tokens", 0..=i64::MAX)?.unwrap_or(0) {
+        least if least > max_tokens => Err(Error::field(
+            "min_tokens",
+            format!("min_tokens {least} is more than max_tokens {max_tokens}"),
+        )),
+        least => Ok(least),
+    }
 }
 
 /// Alternatives of each token of the prompt; a stream has no place for them.
