@@ -23,7 +23,7 @@ const SEQUENCES: usize = 8;
 const CACHE_TOKENS: usize = 16_384;
 /// A row of plain text is continued from this share of it on.
 const TEXT_SHARE: usize = 4;
-/// Tokens beyond the reference's own, so that an answer that goes on is seen to differ.
+/// Tokens beyond the reference's own, so that a longer answer is seen to differ.
 const TOKENS_BEYOND: usize = 8;
 
 /// Something to be asked.

@@ -6,7 +6,7 @@ use crate::fault::{Fault, Kind, Result};
 use crate::machine;
 use crate::report::{Report, Stage};
 
-/// The device that was asked for.
+/// The requested device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Choice {
     /// The first CUDA device that can train, else the CPU.

@@ -70,7 +70,7 @@ pub struct Evaluation {
 /// Measures the base and the base with the adapters.
 ///
 /// # Errors
-/// As [`Tuned::find`] and [`Tuned::rows`]; Data: rows that teach nothing.
+/// As [`Tuned::find`] and [`Tuned::rows`]; Data: rows with nothing to learn.
 pub fn run(
     request: &Request,
     options: &Options,

@@ -30,7 +30,7 @@ pub enum Standing {
     Stay = 0,
     /// Nothing would be lost: training has not begun.
     BeforeTraining = 1,
-    /// Nothing would be lost: the adapter is whole on disk and is being pushed.
+    /// Nothing would be lost: the adapter is complete on disk and is being pushed.
     Pushing = 2,
     /// Nothing would be lost: the process only reads or fetches something.
     Looking = 3,

@@ -279,7 +279,7 @@ fn tell_trained(device: &Device, folder: &RunFolder, trained: &Trained, report: 
     report.fact("trained", serde_json::to_value(trained).expect("numbers"));
 }
 
-/// Lets base and tuned model answer. The adapter is whole: answers that cannot be given are no reason to fail.
+/// Lets base and tuned model answer. The adapter is complete, so a failure here does not fail the run.
 fn answer_if_asked(
     plan: &Plan,
     whole: impl FnOnce() -> Result<Decoder>,

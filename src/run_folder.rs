@@ -41,7 +41,7 @@ pub const REPORT_FACTS: &str = "report.json";
 const REPORT_FACTS_MARK: &str = "{\n  \"hone\": \"";
 /// Speed and memory at each logged step: what differs from start to start, and so is no part of `metrics.jsonl`.
 pub const TIMELINE: &str = "timeline.jsonl";
-/// Answers of base and tuned model to held-out rows at the end of the run, if they were asked for.
+/// Answers of base and tuned model to held-out rows at the end of the run, if `answers` is above 0.
 pub const ANSWERS: &str = "answers.json";
 /// LIMIT: a line has some hundred bytes, so that this is tens of millions of steps.
 const METRICS_BYTES_MAX: u64 = 4 << 30;

@@ -141,7 +141,7 @@ impl Sink for Recorder {
 }
 
 impl State {
-    /// The run's own folder: goes on with what an earlier start of the same run left there.
+    /// The run's own folder: continues the records that an earlier start of the same run left there.
     fn open(&mut self, told: &Json) -> Done {
         let Some(folder) = told["path"].as_str().map(PathBuf::from) else { return Ok(()) };
         self.story.facts.insert("fingerprint".into(), told["fingerprint"].clone());

@@ -35,7 +35,7 @@ use room::Size;
 
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
-/// How a model is served.
+/// Settings of a server.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     /// How the server listens.

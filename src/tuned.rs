@@ -140,7 +140,7 @@ pub struct Tuned {
 pub struct Rows {
     /// The rows.
     pub records: Vec<dataset::Record>,
-    /// Their tokens; rows that teach nothing are left out.
+    /// Their tokens; rows with nothing to learn are left out.
     pub encoded: Vec<EncodedRow>,
     /// Files of the data.
     pub files: Vec<String>,
@@ -358,7 +358,7 @@ impl Tuned {
         })
     }
 
-    /// Returns whether the held-out part is what is looked at unless something else is asked for.
+    /// Returns whether the held-out part is used by default.
     fn holds_out(&self, same: Option<Trained>) -> bool {
         match same {
             Some(Trained::Yes) => true,

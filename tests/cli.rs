@@ -49,14 +49,14 @@ fn help_tells_what_there_is() {
           plan         Show everything that `run` would do, and where each value was set
           inspect      Show the data as it will be trained on: the learned parts of each row, counts,
                        duplicates, warnings
-          model        Show what hone reads in a model: facts, LoRA sites, memory, missing files
+          model        Show a model's architecture, its layers for LoRA, its memory needs and missing files
           try          Ask the base and the tuned model the same questions, and show both answers side by
                        side
           eval         Measure loss, perplexity, token accuracy and exact match on held-out rows, without
                        the adapter and with it
           merge        Add an adapter to its base and write the whole model, as safetensors or GGUF; or the
                        adapter alone as GGUF
-          report       Make the page that explains a run from its folder of results, or one that compares
+          report       Write the HTML report of a run from its output folder, or a page that compares
                        several runs
           push         Push an adapter's folder: as an image, to the hub, to an object store or to a folder
           pull         Pull an adapter's image into a folder
@@ -66,8 +66,8 @@ fn help_tells_what_there_is() {
                        what the machine can do
           serve        Serve a model with adapters over HTTP: OpenAI's API, KAITO's /chat, and a page to
                        talk to it
-          render       Print the objects of a KAITO Workspace: the Job of one that tunes, the servers of one
-                       that serves
+          render       Print the Kubernetes objects of a KAITO Workspace: a Job for tuning, or servers for
+                       inference
           tune         Print a new Workspace that tunes a preset
           controller   Watch KAITO Workspaces, create their Jobs and servers, and report their state
           keys         Print the configuration keys: all of them, or those whose name or description
@@ -78,7 +78,7 @@ fn help_tells_what_there_is() {
 
         Options:
               --log <LOG>
-                  How events are shown on stderr
+                  Format of the events on stderr
 
                   Possible values:
                   - auto:     Bars on a terminal, JSON lines otherwise
@@ -89,7 +89,7 @@ fn help_tells_what_there_is() {
                   [default: auto]
 
           -q, --quiet
-                  Only warnings and errors
+                  Show only warnings and errors
 
                   [env: HONE_QUIET=]
 
@@ -99,7 +99,8 @@ fn help_tells_what_there_is() {
           -V, --version
                   Print version
 
-        Exit codes: 0: done; 2, 10-15: something must be changed first; 20-23, 30, 31: a retry can help.
+        Exit codes: 0: done; 2, 10-15: change something first; 20-23, 30, 31: a retry can help; 70: a
+        defect.
         Every flag is also an environment variable, and every key of the job can be written in one YAML
         file.
     "#]]
@@ -248,7 +249,8 @@ fn help_tells_what_there_is() {
                   [env: HONE_RANKS=]
 
               --keep <LEVEL>
-                  How much each layer keeps for the backward pass: auto, everything, ..., host-inputs
+                  Results that each layer keeps for the backward pass: auto, everything, without-gate-up,
+                  attention-output, layer-inputs or host-inputs
 
                   [env: HONE_KEEP=]
 
@@ -304,7 +306,7 @@ fn help_tells_what_there_is() {
                   [env: HONE_METRICS=]
 
               --log <LOG>
-                  How events are shown on stderr
+                  Format of the events on stderr
 
                   Possible values:
                   - auto:     Bars on a terminal, JSON lines otherwise
@@ -315,7 +317,7 @@ fn help_tells_what_there_is() {
                   [default: auto]
 
           -q, --quiet
-                  Only warnings and errors
+                  Show only warnings and errors
 
                   [env: HONE_QUIET=]
 

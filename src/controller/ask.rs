@@ -40,7 +40,7 @@ pub enum Adapters {
     Answer(Vec<String>),
     /// Not every server does yet, and why.
     Pending(String),
-    /// A server does not take them; what it had before goes on.
+    /// A server refuses them and keeps its earlier adapters.
     Refused(String),
 }
 

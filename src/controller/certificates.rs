@@ -159,7 +159,7 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// The name that the API server asks for.
+    /// The host name that the API server requests.
     fn host(&self) -> String {
         format!("{SERVICE}.{}.svc", self.namespace)
     }

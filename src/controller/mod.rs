@@ -138,7 +138,7 @@ struct Notes {
     uid: Option<String>,
     /// Reconciliations in a row that failed or were refused.
     failures: u32,
-    /// The Workspace as this controller last wrote it, until the watch brings that version.
+    /// The Workspace as this controller last wrote it, until the watch reports that version.
     own: Option<Arc<Workspace>>,
     /// The newest revision; `None` until it was read.
     known: Option<Option<Known>>,
@@ -385,7 +385,7 @@ async fn control(
     Err(Fault::internal("the controller ended"))
 }
 
-/// Runs the reconciliations that were asked for, once the lists that they need have come.
+/// Runs the requested reconciliations as soon as the lists that they need are complete.
 async fn look_when_asked(
     context: &Arc<Context>,
     queue: impl Stream<Item = ObjectRef<Workspace>>,

@@ -23,7 +23,7 @@ const NAMESPACE_LABEL: &str = "kaito.sh/workspacenamespace";
 const NODE_POOL_LABEL: &str = "karpenter.sh/nodepool";
 /// The pool that KAITO's claims name, so that Karpenter leaves them alone.
 const NODE_POOL: &str = "kaito";
-/// The disk of a node; KAITO asks for the same with every model.
+/// The disk of a node; KAITO requests the same for every model.
 const DISK: &str = "1024Gi";
 const NODE_CLASS: &str = "default";
 /// The annotation with the hash of a claim's spec.

@@ -100,7 +100,7 @@ impl<'a> Pods<'a> {
         Some(pod.and_then(|pod| pod.metadata.uid.clone()).ok_or(()))
     }
 
-    /// The end that tells most: after success that of pod 0; else the cause of the last failure.
+    /// The most informative end: after success that of pod 0; else the cause of the last failure.
     pub fn ended(&self, has_succeeded: bool) -> Option<Ended> {
         let mut ends: Vec<(usize, &ContainerStateTerminated)> =
             self.all.iter().filter_map(|pod| Some((index(pod), terminated(pod)?))).collect();

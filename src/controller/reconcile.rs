@@ -18,7 +18,7 @@ const KAITO_FINALIZER: &str = "workspace.finalizer.kaito.sh";
 /// Failures in a row after which the status names the error.
 const FAILURES_TOLD: u32 = 3;
 
-/// Brings one Workspace to what it asks for, as far as this is possible now, and says when to look again.
+/// Reconciles one Workspace as far as this is possible now, and returns when to reconcile it again.
 ///
 /// # Errors
 /// Those of the API server; the status names one that repeats.
@@ -69,7 +69,7 @@ impl Reconciler<'_> {
     }
 
     /// Returns the reason why the Workspace cannot be what it says now: it tuned before and is to serve, or the other
-    /// way round. KAITO's webhook refuses that; without one, what it was goes on.
+    /// way round. KAITO's webhook refuses that; without one, the Workspace keeps its earlier kind.
     async fn other_kind(&self) -> kube::Result<Option<String>> {
         let was_other = match self.workspace.tuning.is_some() {
             true => {

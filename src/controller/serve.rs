@@ -38,8 +38,8 @@ pub fn follows(workspace: &Workspace, tuning: &str) -> bool {
     images.any(|name| name == tuning)
 }
 
-/// Brings the servers of a Workspace to what it asks for, and says when to look again. `other`: why it cannot be what
-/// it says now; its servers go on as they are.
+/// Reconciles the servers of a Workspace, and returns when to reconcile again. `other`: why the Workspace now cannot
+/// be carried out; its servers then stay as they are.
 ///
 /// # Errors
 /// Those of the API server.
@@ -139,7 +139,7 @@ async fn render(of: &Reconciler<'_>) -> kube::Result<Result<Served, String>> {
         .map_err(words::of_fault))
 }
 
-/// The state of the adapters. Servers are asked after growing pauses, until all of them have taken the change. `None`:
+/// The state of the adapters. Servers are queried after increasing pauses until all have applied the change. `None`:
 /// no server was asked yet, and the condition stays as it is.
 async fn adapters(of: &Reconciler<'_>, served: &Served, pods: &[Arc<Pod>]) -> Option<Adapters> {
     let any = of.workspace.inference.as_ref().is_some_and(|inference| !inference.adapters.is_empty());

@@ -22,7 +22,7 @@ const MESSAGE_BYTES_MAX: usize = 1024;
 /// The state of the servers, as the cluster reports it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Serving {
-    /// Number of servers that the Workspace asks for.
+    /// Number of servers in the Workspace's `resource.count`.
     pub wanted: i32,
     /// Number of servers that are ready.
     pub ready: i32,

@@ -30,9 +30,9 @@ pub struct Report {
     pub progress: Option<Progress>,
     /// State of the requested nodes.
     pub nodes: Nodes,
-    /// The reason why the current Workspace cannot be carried out; an older Job goes on.
+    /// The reason why the current Workspace cannot be carried out; an older Job continues.
     pub refused: Option<String>,
-    /// Whether nothing goes on until somebody corrects that.
+    /// True if the Workspace makes no progress until somebody corrects that.
     pub stuck: bool,
     /// A Warning of the cluster about a pod or Job that does not go on.
     pub warning: Option<String>,

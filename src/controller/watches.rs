@@ -20,7 +20,7 @@ use crate::workspace::Workspace;
 /// The first retry of a watch, which doubles up to the longest.
 const RETRY: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(2);
-/// A list that has not come after this is asked for again.
+/// The longest wait for a list; after that it is requested again.
 const LIST_MAX: Duration = Duration::from_secs(30);
 
 /// Namespace and name of the Workspace that an object belongs to.

@@ -47,7 +47,7 @@ pub struct Preset {
     /// Whether the tokenizer has a chat template. If not, conversations need ModelConfig.chat_template.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chat_template: Option<bool>,
-    /// Whether the hub asks for consent and a token.
+    /// Whether the hub requires consent and a token.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gated: Option<bool>,
     /// Longest context, in tokens.

@@ -119,7 +119,7 @@ pub enum Event {
 pub struct Scored {
     /// The token's id.
     pub token: u32,
-    /// 0 where the request asked for none.
+    /// 0 if the request asked for none.
     pub logprob: f32,
     /// The most probable tokens from the first on; of equal ones the lower id first.
     pub top: Vec<(u32, f32)>,
@@ -155,7 +155,7 @@ pub enum Refusal {
     },
     /// No adapter of this name is loaded.
     UnknownAdapter(String),
-    /// The prompt and what is asked for do not fit the context.
+    /// The prompt and the requested tokens do not fit in the context.
     TooLong {
         /// Tokens of prompt and answer together.
         asked: usize,

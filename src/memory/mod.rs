@@ -437,7 +437,7 @@ impl<'a> Solver<'a> {
         plan
     }
 
-    /// Bytes of weights that a pass brings to the device, and the seconds that it waits for them. It is `busy` seconds
+    /// Bytes of weights that a pass copies to the device, and the seconds that it waits for them. It is `busy` seconds
     /// long without waiting. Weights come while the layer before computes, so each direction of the pass takes as long
     /// as the longer of both.
     fn brought(&self, tokens: usize, busy: f64) -> (u64, f64) {

@@ -29,7 +29,7 @@ pub struct Plan {
     pub host_bytes: u64,
     /// Bytes of host memory that each rank locks for inputs of layers.
     pub host_inputs: u64,
-    /// Bytes of weights that a pass brings to the device.
+    /// Bytes of weights that a pass copies to the device.
     pub brought: u64,
     /// Seconds of the pass in which the device waits for weights.
     pub waits: f64,

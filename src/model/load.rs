@@ -169,7 +169,7 @@ impl Loader<'_> {
         self.decoder_by(report, &mut |_| ())
     }
 
-    /// Loads, and tells `before` each layer that comes next.
+    /// Loads the model, and calls `before` with each layer before it is loaded.
     fn decoder_by(&self, report: &Report, before: &mut dyn FnMut(usize)) -> Result<Decoder> {
         let facts = self.facts;
         if let Some(warning) = attention::prepare(self.device, facts.heads(), self.dtype) {

@@ -84,7 +84,7 @@ impl fmt::Display for Destination {
 /// LIMIT: letters of a place's name for what it took; a digest has 71.
 const REVISION_LETTERS_MAX: usize = 200;
 
-/// How places are reached, and what is said there of the adapter.
+/// Settings to reach the places, and the description of the adapter that is written there.
 pub struct Options<'a> {
     /// How registries are reached.
     pub registry: &'a registry::Options,
@@ -167,7 +167,7 @@ fn shown(revision: &str) -> String {
     clean(revision, REVISION_LETTERS_MAX)
 }
 
-/// The files that are sent, the configuration last: where it is, the adapter is whole.
+/// The files that are sent, the configuration last: if it is there, the adapter is complete.
 fn files(folder: &Path) -> Result<Vec<(&'static str, PathBuf)>> {
     let mut files = Vec::new();
     for (name, needed) in [(CARD_FILE, false), (WEIGHTS_FILE, true), (CONFIG_FILE, true)] {

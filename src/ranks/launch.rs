@@ -44,7 +44,7 @@ pub fn fix_order_of_sums() {
     }
 }
 
-/// The processes that were asked for on this machine.
+/// The processes to start on this machine.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Wish {
     /// The device.
@@ -269,7 +269,7 @@ impl Team {
         Ok(self.ended(first.map(|(index, _)| index)))
     }
 
-    /// Looks for ranks that ended, and tells rank 0 of one that failed; the first that failed now.
+    /// Checks for ranks that ended, and reports a failed one to rank 0. Returns the first that failed now.
     fn look(&mut self) -> Result<Option<usize>> {
         let mut found = None;
         for (index, member) in

@@ -221,7 +221,7 @@ impl Link {
         self.shared.progressed();
     }
 
-    /// Training is over. Rank 0 goes on alone, and the end of another rank changes nothing.
+    /// Training is over. Rank 0 continues alone, and the end of another rank changes nothing.
     ///
     /// # Errors
     /// The fault that ended the ranks before.
@@ -717,7 +717,7 @@ impl Shared {
         }
     }
 
-    /// Ends the process if its work goes on long after the end of all.
+    /// Ends the process if its work continues long after all ranks should have ended.
     fn end_process_if_late(&self) {
         let state = self.lock();
         let late = state.end.as_ref().filter(|(_, at)| !state.left && at.elapsed() >= LEAVE_MAX);

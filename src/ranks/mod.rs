@@ -77,7 +77,7 @@ pub trait Collective: Send + Sync {
     fn broadcast(&self, bytes: &[u8]) -> Result<Vec<u8>>;
 
     /// Tells the other ranks how far this rank's device has come: twice the number of sums and gatherings that it has
-    /// completed, and one more while it is in one. The device may hang although its host goes on.
+    /// completed, and one more while it is in one. The device may hang although its host continues.
     fn device_is_at(&self, _tick: u64) {}
 
     /// This rank ends with a fault, whatever call the others are in; they end with it too. A rank of several processes

@@ -212,7 +212,7 @@ unsafe impl Send for Handle {}
 
 impl Nccl {
     /// Connects the GPUs of all ranks. Afterwards the device has the memory that NCCL takes for its buffers. `host` is
-    /// the way of their hosts, over which rank 0 tells how to connect.
+    /// the connections of their hosts, over which rank 0 sends the data to connect with.
     ///
     /// # Errors
     /// Config: there is no NCCL, or a version that is too old. Device: the ranks cannot connect.

@@ -231,7 +231,7 @@ fn read_adapter_config(path: &Path) -> Result<serde_json::Value> {
     }
 }
 
-/// Checks that a safetensors file is whole: its header is JSON, and the last tensor ends where the file does.
+/// Checks that a safetensors file is complete: its header is JSON, and the last tensor ends where the file does.
 fn check_weights(path: &Path) -> Result<()> {
     let mut file = open(path)?;
     let wrong = |what: String| {

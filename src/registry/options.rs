@@ -23,7 +23,7 @@ pub struct Options {
     pub docker_config: Option<PathBuf>,
     /// Extra root certificates (PEM). A server certificate that is its own root is accepted too.
     pub ca_file: Option<PathBuf>,
-    /// Whether to use plain HTTP; only if the user asked for it.
+    /// True if plain HTTP is used, which only the user can request.
     pub plain_http: bool,
     /// The number of attempts of a request in all.
     pub attempts_max: u32,

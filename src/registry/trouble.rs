@@ -18,7 +18,7 @@ pub(super) struct Trouble {
     pub status: Option<u16>,
     /// The registry's words, or the connection's error.
     pub text: String,
-    /// The wait that the registry asks for.
+    /// The wait that the registry requests.
     pub wait: Option<Duration>,
 }
 

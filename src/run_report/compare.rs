@@ -21,7 +21,7 @@ pub fn html(runs: &[Run]) -> String {
     page(&title, &body)
 }
 
-/// The last part of each folder that tells it from the others.
+/// The shortest last part of each folder's path that differs from the others'.
 fn names(runs: &[Run]) -> Vec<String> {
     let parts = |run: &Run, count: usize| {
         let all: Vec<String> =

@@ -13,7 +13,7 @@ const STORY_BYTES_MAX: u64 = 16 << 20;
 /// LIMIT: starts that are remembered; a job that is evicted often has some tens.
 const STARTS_MAX: usize = 100;
 
-/// Everything that is told of a run beside its metrics.
+/// Everything that is recorded of a run beside its metrics.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Story {

@@ -28,7 +28,7 @@ pub struct Steps {
     last_order: LastOrder,
 }
 
-/// The order of the epoch that was last asked for: shuffling millions of examples takes longer than a step.
+/// The order of the last requested epoch: shuffling millions of examples takes longer than a step.
 #[derive(Clone, Debug, Default)]
 struct LastOrder(RefCell<Option<Epoch>>);
 

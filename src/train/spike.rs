@@ -15,7 +15,7 @@ pub const IN_A_ROW_MAX: u64 = 10;
 pub enum Policy {
     /// The run ends.
     Stop,
-    /// The step changes neither the adapter nor the optimizer's moments, and the run goes on.
+    /// The step changes neither the adapter nor the optimizer's moments, and the run continues.
     Skip,
 }
 
