@@ -126,7 +126,7 @@ fn check_names(plan: &Serving, options: &Options) -> Result<()> {
     for (mix, parts) in &options.mixes {
         for (at, (part, _)) in parts.iter().enumerate() {
             if parts[..at].iter().any(|(other, _)| other == part) {
-                return Err(Fault::usage(format!("--mix {mix}: {part:?} stands twice"))
+                return Err(Fault::usage(format!("--mix {mix}: {part:?} is listed twice"))
                     .help("give it once, with the sum of its strengths"));
             }
             if !options.adapters.iter().any(|(name, _)| name == part) {

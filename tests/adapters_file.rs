@@ -213,7 +213,7 @@ fn a_file_of_adapters_is_followed() {
         (
             json!({"adapters": [{"name": "x", "source": source}], "mixes": [{"name": "m", "adapters": [
                 {"name": "x", "strength": 1.0}, {"name": "x", "strength": 0.5}]}]}),
-            "stands twice",
+            "is listed twice",
         ),
     ];
     for (wanted, part) in refused {
@@ -269,8 +269,8 @@ fn a_file_of_adapters_leaves_flags_alone() {
     assert_eq!(half, scores(&completion(&running, json!({"model": "chat"}))));
     let part = json!([{"name": "fixed", "strength": 0.5}]);
     for (wanted, part) in [
-        (json!({"adapters": [{"name": "fixed", "source": source}], "mixes": chat}), "stands for two things"),
-        (json!({"mixes": [{"name": "whole", "adapters": part}, chat[0]]}), "stands for two things"),
+        (json!({"adapters": [{"name": "fixed", "source": source}], "mixes": chat}), "is used twice"),
+        (json!({"mixes": [{"name": "whole", "adapters": part}, chat[0]]}), "is used twice"),
         (json!({}), "--default"),
         (
             json!({"mixes": [{"name": "chat", "adapters": [{"name": "whole", "strength": 1.0}]}]}),

@@ -521,6 +521,8 @@ fn usage_errors_exit_with_2() {
         &["run", "--set", "novalue"],
         &["plan", "--format", "xml"],
         &["push", "folder"],
+        &["plan", "--model", "m", "--context", "4096"],
+        &["plan", "--serve", "m", "--price", "l4=0.70"],
         &[],
     ] {
         let ended = work.run(arguments);

@@ -189,7 +189,7 @@ fn what_cannot_be_served_is_refused_before_it_loads() {
         (&["--adapter", "nothing"][..], 2, "NAME=SOURCE"),
         (&["--mix", "m=a"][..], 2, "NAME=A:STRENGTH"),
         (&["--mix", "m=a:0.5"][..], 2, "there is no adapter"),
-        (&["--adapter", "a=/none", "--mix", "m=a:0.5,a:0.2"][..], 2, "stands twice"),
+        (&["--adapter", "a=/none", "--mix", "m=a:0.5,a:0.2"][..], 2, "is listed twice"),
         (&["--adapter", "a=/none", "--adapter", "a=/none"][..], 2, "is used twice"),
         (&["--adapter", "a=/none"][..], 10, "no such folder"),
         (&["--context", "100000000"][..], 10, "the model was made for"),

@@ -68,9 +68,27 @@ pub(super) struct Plan {
     price: Vec<String>,
 }
 
+/// Flags that only plans of servers read, and flags that only plans of trainings read.
+const OF_SERVERS: [&str; 4] = ["context", "sequences", "cache_tokens", "cache_type"];
+const OF_TRAININGS: [&str; 4] = ["data", "output", "push", "price"];
+
+/// Refuses flags that this kind of plan does not read. Variables of the environment may be there for other commands.
+fn refuse_idle_flags(serves: bool, matches: &ArgMatches) -> Result<(), String> {
+    let (idle, remedy) = match serves {
+        true => (OF_TRAININGS, "has no effect on the plan of a server; remove it, or remove --serve"),
+        false => (OF_SERVERS, "has no effect on the plan of a training; add --serve MODEL, or remove it"),
+    };
+    let is_given = |id: &&str| matches.value_source(id) == Some(ValueSource::CommandLine);
+    match idle.into_iter().find(is_given) {
+        Some(id) => Err(format!("--{} {remedy}", id.replace('_', "-"))),
+        None => Ok(()),
+    }
+}
+
 impl Plan {
     pub(super) fn command(self, matches: &ArgMatches) -> Result<Command, String> {
         let Plan { job, preset, serve, size, serve_adapter, format, gpu, price } = self;
+        refuse_idle_flags(serve.is_some(), matches)?;
         let mut request = job.request(matches)?;
         if let Some(preset) = preset {
             let written = Written::Text(format!("preset:{preset}"));

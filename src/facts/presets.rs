@@ -159,7 +159,7 @@ mod tests {
         for preset in all() {
             let own: BTreeSet<String> = preset.names().collect();
             for name in own {
-                assert!(names.insert(name.clone()), "{name} stands twice");
+                assert!(names.insert(name.clone()), "{name} is listed twice");
             }
             match (&preset.family, &preset.refused) {
                 (Some(family), None) => {

@@ -579,7 +579,7 @@ pub fn strengths(fields: &Fields, model: &Model) -> Result<Option<Vec<Strength>>
         let name = entry.text("name")?.ok_or_else(|| wrong("name is missing".into()))?;
         let strength = entry.number("strength", -16.0..=16.0)?.unwrap_or(1.0);
         if found.iter().any(|other| other.name == name) {
-            return Err(wrong(format!("`{name}` stands twice")));
+            return Err(wrong(format!("`{name}` is listed twice")));
         }
         if !model.engine.adapters().iter().any(|adapter| adapter.name == name) {
             return Err(Error::unknown_model(name, &model.names()).of("adapters"));

@@ -182,7 +182,7 @@ impl Live {
             }
             if self.fixed.contains(name) {
                 return Err(wrong(format!(
-                    "the name {name:?} stands for two things: a flag gave it to the base, an adapter or a mix"
+                    "the name {name:?} is used twice: a flag gave it to the base, an adapter or a mix"
                 )));
             }
             if !names.insert(name) {
@@ -209,7 +209,7 @@ impl Live {
                     return Err(wrong(format!("mix {}: there is no adapter {:?}", mix.name, part.name)));
                 }
                 if !parts.insert(&part.name) {
-                    return Err(wrong(format!("mix {}: {:?} stands twice", mix.name, part.name)));
+                    return Err(wrong(format!("mix {}: {:?} is listed twice", mix.name, part.name)));
                 }
                 if !STRENGTH.contains(&part.strength) {
                     return Err(wrong(format!(
