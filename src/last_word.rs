@@ -88,6 +88,62 @@ pub fn unless<T>(word: &Word, work: impl FnOnce() -> T) -> T {
     work()
 }
 
+/// Bytes of a thread's stack for signals: two frames of a thread that uses AMX, each of 11 KiB, and what handlers need.
+const SIGNAL_STACK_BYTES: usize = 64 << 10;
+/// Bytes below it that no one may touch.
+const GUARD_BYTES: usize = 4 << 10;
+
+/// Gives this thread a larger stack for signals, once. The standard library's has room for one frame of registers and
+/// little else; AMX's tiles make that frame 8 KiB larger, so that a handler would run beyond its stack.
+pub fn widen_signal_stack() {
+    thread_local! {
+        static WIDE: SignalStack = SignalStack::install();
+    }
+    // A thread that is about to end keeps what it has.
+    let _ = WIDE.try_with(|_| ());
+}
+
+/// A thread's stack for signals, with a guard below. Null: the system gave none, and the one of before stays.
+struct SignalStack(*mut libc::c_void);
+
+impl SignalStack {
+    fn install() -> SignalStack {
+        let (bytes, none) = (GUARD_BYTES + SIGNAL_STACK_BYTES, std::ptr::null_mut());
+        // SAFETY: the mapping is new and belongs to this value; the kernel is given the part of it above the guard.
+        unsafe {
+            let (access, kind) =
+                (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            let memory = libc::mmap(none, bytes, access, kind, -1, 0);
+            if memory == libc::MAP_FAILED {
+                return SignalStack(none);
+            }
+            libc::mprotect(memory, GUARD_BYTES, libc::PROT_NONE);
+            let stack =
+                libc::stack_t { ss_sp: memory.add(GUARD_BYTES), ss_flags: 0, ss_size: SIGNAL_STACK_BYTES };
+            libc::sigaltstack(&stack, std::ptr::null_mut());
+            SignalStack(memory)
+        }
+    }
+}
+
+impl Drop for SignalStack {
+    fn drop(&mut self) {
+        if self.0.is_null() {
+            return;
+        }
+        // SAFETY: the thread ends. The kernel forgets the stack before its memory goes, if it has not taken another one.
+        unsafe {
+            let mut now: libc::stack_t = std::mem::zeroed();
+            libc::sigaltstack(std::ptr::null(), &mut now);
+            if now.ss_sp == self.0.add(GUARD_BYTES) {
+                now.ss_flags = libc::SS_DISABLE;
+                libc::sigaltstack(&now, std::ptr::null_mut());
+            }
+            libc::munmap(self.0, GUARD_BYTES + SIGNAL_STACK_BYTES);
+        }
+    }
+}
+
 /// Called by the allocator when the system gives no memory.
 pub fn note_full_memory() {
     OUT_OF_MEMORY.set(true);
@@ -230,6 +286,30 @@ mod tests {
         );
         let message: serde_json::Value = serde_json::from_slice(&word.message).unwrap();
         assert_eq!((&message["code"], &message["help"]), (&11.into(), &"export it again".into()));
+    }
+
+    /// The stack that the kernel uses for signals of this thread: its lowest address, and its bytes.
+    fn signal_stack() -> (usize, usize) {
+        // SAFETY: the kernel fills the structure.
+        unsafe {
+            let mut now: libc::stack_t = std::mem::zeroed();
+            libc::sigaltstack(std::ptr::null(), &mut now);
+            (now.ss_sp as usize, now.ss_size)
+        }
+    }
+
+    #[test]
+    fn a_signal_has_room_for_its_frame_and_a_handler() {
+        let narrow = signal_stack();
+        let wide = std::thread::spawn(|| {
+            widen_signal_stack();
+            let wide = signal_stack();
+            widen_signal_stack();
+            assert_eq!(signal_stack(), wide, "once is enough");
+            wide
+        });
+        assert_eq!(wide.join().unwrap().1, SIGNAL_STACK_BYTES);
+        assert_eq!(signal_stack(), narrow, "another thread's stays as it is");
     }
 
     #[test]

@@ -8,6 +8,7 @@
 
 use super::drive::{Kernel, Multiply, TILE_BYTES};
 use super::{avx512, pack_bf16};
+use crate::last_word;
 use std::arch::asm;
 use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T1, _mm_prefetch};
 use std::sync::OnceLock;
@@ -68,6 +69,8 @@ static CONFIG: Config = {
 };
 
 unsafe fn begin() {
+    // Signals save the tiles from now on.
+    last_word::widen_signal_stack();
     // SAFETY: the caller's machine has tiles; the configuration is 64 valid bytes.
     unsafe { asm!("ldtilecfg [{}]", in(reg) &CONFIG, options(nostack, readonly, preserves_flags)) }
 }
