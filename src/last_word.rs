@@ -131,7 +131,7 @@ impl Drop for SignalStack {
         if self.0.is_null() {
             return;
         }
-        // SAFETY: the thread ends. The kernel forgets the stack before its memory goes, if it has not taken another one.
+        // SAFETY: the thread ends. The kernel forgets the stack before its memory goes, unless it has another one.
         unsafe {
             let mut now: libc::stack_t = std::mem::zeroed();
             libc::sigaltstack(std::ptr::null(), &mut now);

@@ -441,7 +441,7 @@ fn the_memory_of_a_server_is_planned_ahead() {
     let (code, text, told) = plan(&both);
     assert_eq!(code, 0, "{told}");
     assert!(
-        text.contains("l4 does not fit: serving needs") && text.contains("may be used of h100"),
+        text.contains("l4 does not fit: serving needs") && text.contains("can be used on h100"),
         "{text}"
     );
     let list: Value = serde_json::from_str(&plan(&[&both[..], &["--format", "json"]].concat()).1).unwrap();
@@ -457,7 +457,7 @@ fn the_memory_of_a_server_is_planned_ahead() {
         ),
         // A card that does not do is not the advice: it has 40 GiB, of which 38 may be used.
         (&["--serve", "preset:llama-3.3-70b-instruct", "--gpu", "a100-40"][..], CAPACITY, "l40s would do"),
-        (&["--serve", "preset:llama-3.3-70b-instruct", "--gpu", "l4,a10"][..], CAPACITY, "may be used of l4"),
+        (&["--serve", "preset:llama-3.3-70b-instruct", "--gpu", "l4,a10"][..], CAPACITY, "can be used on l4"),
         (&["--serve", "hf://org/none", "--gpu", "l4"][..], 10, "a plan fetches nothing"),
         (&["--serve", "preset:falcon-7b", "--gpu", "l4", "--context", "4096"][..], 10, "made for 2048"),
     ] {

@@ -401,7 +401,7 @@ fn the_fault_matrix_names_tests_that_exist() {
     assert!(rows >= 60, "{rows} rows");
     let files = ["src", "tests"].iter().flat_map(|folder| rust_files(&root(folder)));
     let all: String = files.map(|file| text(&file)).collect();
-    let test = Regex::new(r"#\[test\]\s+fn (\w+)\(").unwrap();
+    let test = Regex::new(r"#\[(?:tokio::)?test\]\s+(?:async )?fn (\w+)\(").unwrap();
     let tests: BTreeSet<String> = test.captures_iter(&all).map(|test| test[1].to_owned()).collect();
     let missing: Vec<&String> = named.iter().filter(|name| !tests.contains(*name)).collect();
     assert!(missing.is_empty(), "the matrix names tests that do not exist: {missing:?}");
