@@ -441,7 +441,7 @@ fn the_memory_of_a_server_is_planned_ahead() {
     let (code, text, told) = plan(&both);
     assert_eq!(code, 0, "{told}");
     assert!(
-        text.contains("l4 does not fit: serving needs") && text.contains("can be used on h100"),
+        text.contains("l4 does not fit: serving needs") && text.contains("usable on h100"),
         "{text}"
     );
     let list: Value = serde_json::from_str(&plan(&[&both[..], &["--format", "json"]].concat()).1).unwrap();
