@@ -440,10 +440,7 @@ fn the_memory_of_a_server_is_planned_ahead() {
     let both = ["--serve", "preset:llama-3.3-70b-instruct", "--gpu", "l4,h100"];
     let (code, text, told) = plan(&both);
     assert_eq!(code, 0, "{told}");
-    assert!(
-        text.contains("l4 does not fit: serving needs") && text.contains("usable on h100"),
-        "{text}"
-    );
+    assert!(text.contains("l4 does not fit: serving needs") && text.contains("usable on h100"), "{text}");
     let list: Value = serde_json::from_str(&plan(&[&both[..], &["--format", "json"]].concat()).1).unwrap();
     assert_eq!((&list[0]["machine"], &list[1]["machine"]), (&json!("l4"), &json!("h100")));
     assert!(list[0]["does_not_fit"].as_str().unwrap().contains("serving needs"), "{list}");
