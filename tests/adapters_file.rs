@@ -154,16 +154,19 @@ fn the_status_address_asks_for_no_key() {
     }
 }
 
+/// Replaces a file at once, as a mounted ConfigMap is.
+fn replace(file: &Path, text: &str) {
+    let new = file.with_extension("new");
+    std::fs::write(&new, text).unwrap();
+    std::fs::rename(&new, file).unwrap();
+}
+
 /// Adapters and strengths change while the server runs; a change is taken whole or not at all.
 #[test]
 fn a_file_of_adapters_is_followed() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("adapters.json");
-    let write = |text: &str| {
-        let new = folder.path().join("new");
-        std::fs::write(&new, text).unwrap();
-        std::fs::rename(&new, &file).unwrap();
-    };
+    let write = |text: &str| replace(&file, text);
     let source = golden("final_adapter").display().to_string();
     let with = |strength: f64| {
         json!({
@@ -251,11 +254,7 @@ fn a_file_of_adapters_is_followed() {
 fn a_file_of_adapters_leaves_flags_alone() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("adapters.json");
-    let write = |text: &str| {
-        let new = folder.path().join("new");
-        std::fs::write(&new, text).unwrap();
-        std::fs::rename(&new, &file).unwrap();
-    };
+    let write = |text: &str| replace(&file, text);
     let source = golden("final_adapter").display().to_string();
     let chat = json!([{"name": "chat", "adapters": [{"name": "fixed", "strength": 0.5}]}]);
     let first = json!({"mixes": chat}).to_string();

@@ -103,6 +103,7 @@ async fn next(speaker: &mut Speaker, stop: &Stop) -> Piece {
 }
 
 /// The older form's four lists, which grow token by token.
+#[derive(Default)]
 struct Legacy {
     /// Alternatives of each token.
     most: usize,
@@ -115,14 +116,7 @@ struct Legacy {
 
 impl Legacy {
     fn new(most: Option<usize>) -> Legacy {
-        Legacy {
-            most: most.unwrap_or(0),
-            tokens: Vec::new(),
-            token_logprobs: Vec::new(),
-            top_logprobs: Vec::new(),
-            text_offset: Vec::new(),
-            offset: 0,
-        }
+        Legacy { most: most.unwrap_or(0), ..Legacy::default() }
     }
 
     fn push(&mut self, model: &Model, token: u32, scored: Option<&Scored>) {
