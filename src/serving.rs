@@ -68,6 +68,7 @@ pub struct Options {
 /// The reason that keeps the model or an adapter from being served.
 pub fn run(plan: &Serving, options: &Options, report: &Report) -> Result<()> {
     check_names(plan, options)?;
+    check_adapter_folder(options.adapter_folder.as_deref())?;
     let server = Server::start(&options.server)?;
     let scheme = if options.server.tls.is_some() { "https" } else { "http" };
     let address = server.address();
@@ -237,6 +238,16 @@ fn bring(plan: &Serving, report: &Report) -> Bring {
         let origin = Origin { source: adapter.to_string(), digest: brought.digest };
         Ok(Brought { folder: brought.folder, origin })
     })
+}
+
+/// Refuses a folder of --allow-adapter-changes that is not there, before requests for its adapters fail one by one.
+fn check_adapter_folder(folder: Option<&Path>) -> Result<()> {
+    match folder {
+        Some(folder) if !folder.is_dir() => {
+            Err(Fault::config(format!("--allow-adapter-changes: there is no folder {}", folder.display())))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The sources that a request may name: a folder below `root`, no link out of it; an image of a registry; or

@@ -344,6 +344,10 @@ fn adapters_come_and_go_at_run_time_from_images_and_folders() {
         push(&folder, &format!("{}/team/a:{name}", fake.host));
     }
     let root = work.path().join("root").display().to_string();
+    let elsewhere = work.path().join("none").display().to_string();
+    let (code, told) =
+        launch(&work.path().join("cache"), "", &["--allow-adapter-changes", &elsewhere]).err().unwrap();
+    assert!(code == 10 && told.contains(&format!("there is no folder {elsewhere}")), "{code}: {told}");
     let arguments = ["--allow-adapter-changes", &root, "--plain-http", "--name=org/tiny"];
     let running = launch(&work.path().join("cache"), "", &arguments).map_err(|e| e.1).unwrap();
     let load = |name: &str, path: String| {

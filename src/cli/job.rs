@@ -158,7 +158,7 @@ pub(super) struct Job {
     #[arg(long, value_name = "NAME", env = "HONE_NAME")]
     name: Option<String>,
     /// Data to train on (parquet, JSON lines, JSON, CSV, Arrow): a URL, file, folder, glob or oci://IMAGE; may be
-    /// repeated; #sha256=... pins the bytes
+    /// repeated, and the variable separates several by blanks; #sha256=... pins the bytes
     #[arg(long, value_name = "URL_OR_PATH", env = "HONE_DATA", hide_env_values = true)]
     data: Vec<String>,
     /// Data to evaluate on, in the same forms; no row of it trains; may be repeated

@@ -13,10 +13,13 @@ mod serve;
 mod size;
 mod cluster;
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 
 use clap::error::ErrorKind;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use crate::spec::keys;
 
 pub use command::{AboutModel, Command, Format, Invocation, Log, ObjectFormat, RegistryArguments};
 
@@ -35,6 +38,33 @@ pub fn parse(
     let refused = |message: String| Cli::command().error(ErrorKind::ValueValidation, message);
     let command = command(cli.command, matches).map_err(refused)?;
     Ok(Invocation { log: cli.log, quiet: cli.quiet, command, metrics })
+}
+
+/// Warnings about variables that look like a flag's and are none: hone does not read them. Kubernetes makes variables of
+/// a Service called hone (`HONE_SERVICE_HOST`), which are no mistake.
+pub fn misspelt_variables(names: impl IntoIterator<Item = String>) -> Vec<String> {
+    let mut known = variables(&Cli::command());
+    known.extend(PLACES.map(str::to_owned));
+    let plain = |name: &str| name.strip_prefix(VARIABLES).map(str::to_owned);
+    let of_service = |name: &str| ["_SERVICE_", "_PORT_", "_TCP"].iter().any(|part| name.contains(part));
+    let warning = |name: String| {
+        let given = plain(&name).filter(|_| !known.contains(&name) && !of_service(&name))?;
+        let meant = keys::nearest(known.iter().filter_map(|known| known.strip_prefix(VARIABLES)), &given)?;
+        Some(format!("the variable {name} has no effect; did you mean {VARIABLES}{meant}?"))
+    };
+    names.into_iter().filter_map(warning).collect()
+}
+
+/// Variables without a flag whose names are near a flag's: the place of a rank.
+const PLACES: [&str; 2] = ["HONE_RANK", "HONE_LOCAL_RANK"];
+
+/// The beginning of the names of hone's own variables.
+const VARIABLES: &str = "HONE_";
+
+/// The names of the variables that flags of a command and its subcommands have.
+fn variables(command: &clap::Command) -> BTreeSet<String> {
+    let own = command.get_arguments().filter_map(|argument| argument.get_env()?.to_str().map(str::to_owned));
+    own.chain(command.get_subcommands().flat_map(variables)).collect()
 }
 
 /// The command that flags ask for; the error says which flag is wrong.
@@ -140,6 +170,35 @@ mod tests {
                 assert_eq!(variable, Some(format!("HONE_{}", id.to_uppercase())), "{id}");
             }
         }
+    }
+
+    #[test]
+    fn a_variable_that_is_nearly_a_flags_is_reported() {
+        let found = |names: &[&str]| misspelt_variables(names.iter().map(|name| (*name).to_owned()));
+        assert_eq!(
+            found(&["HONE_DTAA", "HONE_DATA", "HONE_SERVICE_HOST", "HONE_PORT_80_TCP", "HONE_X", "DTAA"]),
+            ["the variable HONE_DTAA has no effect; did you mean HONE_DATA?"]
+        );
+        // Variables that the program reads besides those of flags.
+        assert_eq!(
+            found(&[
+                "HONE_TERMINATION_LOG",
+                "HONE_IMAGE",
+                "HONE_CUDA_LIBS",
+                "HONE_BENCH_WITHOUT",
+                "HONE_RANK",
+                "HONE_LOCAL_RANK",
+                "HONE_WORLD_SIZE",
+                "HONE_LOCAL_WORLD_SIZE",
+                "HONE_MASTER_ADDR",
+                "HONE_MASTER_PORT",
+                "HONE_RANKS_WAIT",
+                "HONE_RANKS_SILENCE",
+                "HONE_RANKS_TIMEOUT",
+                "HONE_NODES",
+            ]),
+            [""; 0]
+        );
     }
 
     #[test]

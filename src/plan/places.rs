@@ -113,6 +113,7 @@ pub(super) fn data(reader: &mut Reader, kaito: bool, needed: bool) -> Entries {
         reader.wrong(&Origin::Default, "no dataset: name its files with `data` (--data URL_OR_PATH)");
     }
     let mut entries = parsed(reader, "data", texts, &origin);
+    warn_of_repetitions(reader, &entries.data);
     if let Some(text) = pins(&entries.data) {
         reader.derive("data pinned", text, origin);
     }
@@ -138,6 +139,21 @@ pub(super) fn data(reader: &mut Reader, kaito: bool, needed: bool) -> Entries {
         entries.shares.clear();
     }
     entries
+}
+
+/// Warns once of the entries that name the same place: their rows train several times.
+fn warn_of_repetitions(reader: &mut Reader, data: &[fetch::Data]) {
+    let repeated = |index: &usize| data[..*index].contains(&data[*index]);
+    let repeated: Vec<String> =
+        (0..data.len()).filter(repeated).map(|index| data[index].short_name()).collect();
+    if let Some(first) = repeated.first() {
+        reader.warn(format!(
+            "data: {} of {} entries name a place that an earlier entry names ({first}), so their rows train once more; \
+             for rows that count more, #weight= says it",
+            repeated.len(),
+            data.len()
+        ));
+    }
 }
 
 /// The entries of one key; they have no names yet.

@@ -550,6 +550,28 @@ fn rows_to_evaluate_on_are_given_or_set_aside() {
 }
 
 #[test]
+fn a_place_that_is_named_twice_trains_twice_and_is_reported_once() {
+    let warnings = |data: &[&str]| {
+        let case = Case::new();
+        let texts = |key: &str, texts: Vec<String>| Setting {
+            key: key.into(),
+            written: Written::Texts(texts),
+            origin: Origin::Flag(format!("--{key}")),
+        };
+        let model = case.folder.path().join("tiny").display().to_string();
+        let settings = vec![
+            Setting { written: Written::Text(model), ..texts("model", Vec::new()) },
+            texts("data", data.iter().map(|text| (*text).to_owned()).collect()),
+        ];
+        make(&spec::gather(&Request { settings, ..Request::default() }, &|_| None).unwrap()).unwrap().warnings
+    };
+    let found = warnings(&["a.csv", "b.csv", "a.csv#weight=2", "a.csv", "b.csv#limit=3"]);
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(found[0].contains("3 of 5 entries name a place that an earlier entry names (a)"), "{found:?}");
+    assert_eq!(warnings(&["a.csv", "b/a.csv", "https://host/a.csv"]), Vec::<String>::new());
+}
+
+#[test]
 fn evaluations_by_share_and_by_time() {
     let case = Case::new();
     let train = |text: &str| case.plan(&arguments(text)).unwrap().train;

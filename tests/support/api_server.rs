@@ -799,11 +799,15 @@ impl Asked {
             Some((name, value)) => labels[name] == value.trim_start_matches('='),
             None => labels.get(part).is_some(),
         };
-        let object = self.shown(object);
         let fields = self.query.get("fieldSelector").map_or("", String::as_str);
+        // core/v1 has another name for the subject of an event.
+        let renamed = self.plural == "events" && self.core && object["involvedObject"].is_null();
         let field = |part: &str| match part.split_once('=') {
             Some((path, value)) => {
-                let found = path.split('.').fold(&object, |at, name| &at[name]);
+                let found = path.split('.').fold(object, |at, name| match name {
+                    "involvedObject" if renamed => &at["regarding"],
+                    _ => &at[name],
+                });
                 found.as_str().unwrap_or_default() == value.trim_start_matches('=')
             }
             None => false,
@@ -885,6 +889,9 @@ fn events(state: &State, asked: &Asked, from: u64) -> (String, u64, bool) {
         }
         let selected = asked.selects(namespace, object);
         let was = asked.selects(namespace, &json!({"metadata": {"labels": before}}));
+        if !selected && !was {
+            continue;
+        }
         let mut object = asked.shown(object);
         // An object that a selector no longer selects is gone for its watch, which is told what it was.
         let change = match (selected, was, *change) {
