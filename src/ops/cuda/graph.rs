@@ -13,6 +13,8 @@ use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, sys};
 use candle_core::{CudaDevice, Result, bail};
 
+use crate::ops::change::Change;
+
 /// Recorded work.
 pub struct Graph {
     graph: CudaGraph,
@@ -20,6 +22,8 @@ pub struct Graph {
     bytes: u64,
     /// The workspace of the graph's products by cublasLt.
     workspace: u64,
+    /// Its kernels may begin while the one before them ends.
+    early: bool,
 }
 
 // SAFETY: the driver takes a graph's handles from any thread. They are used through exclusive owners only, one thread
@@ -29,6 +33,8 @@ unsafe impl Send for Graph {}
 thread_local! {
     /// Whether this thread captures its stream.
     static CAPTURING: Cell<bool> = const { Cell::new(false) };
+    /// Whether kernels that it records may begin early.
+    static EARLY: Cell<bool> = const { Cell::new(true) };
 }
 
 /// Held while a stream is captured, and by other threads that ask something of it.
@@ -43,6 +49,11 @@ pub fn apart() -> MutexGuard<'static, ()> {
 /// Returns whether what this thread asks of the device is recorded and not done.
 pub fn is_capturing() -> bool {
     CAPTURING.get()
+}
+
+/// Returns whether a kernel that this thread launches may begin while the one before it ends, if the card can do that.
+pub(super) fn may_begin_early() -> bool {
+    Change::Early.is_on() && (EARLY.get() || !is_capturing())
 }
 
 /// Records what `work` asks of the device. Every tensor that it makes is dropped when it returns.
@@ -66,7 +77,7 @@ pub fn capture(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result
     // The graph takes its memory now, where a lack of it is no failure of a step.
     graph.upload().w()?;
     let bytes = free.saturating_sub(super::device::memory(device)?.0) as u64;
-    Ok(Graph { graph, bytes, workspace: super::lt::workspace() })
+    Ok(Graph { graph, bytes, workspace: super::lt::workspace(), early: Change::Early.is_on() })
 }
 
 impl Graph {
@@ -76,9 +87,9 @@ impl Graph {
         self.graph.launch().w()
     }
 
-    /// Returns whether the memory that its products work in is still there.
+    /// Returns whether the memory that its products work in is still there, and its kernels begin as they would now.
     fn is_whole(&self) -> bool {
-        self.workspace == super::lt::workspace()
+        self.workspace == super::lt::workspace() && self.early == Change::Early.is_on()
     }
 }
 
@@ -87,6 +98,8 @@ pub struct Graphs<K> {
     known: HashMap<K, Known>,
     clock: u64,
     bytes_max: u64,
+    /// Kernels begin early in graphs: the driver has not refused that.
+    early: bool,
     refusal: Option<String>,
 }
 
@@ -104,7 +117,7 @@ const SHAPES_MAX: usize = 1024;
 impl<K: Clone + Eq + Hash> Graphs<K> {
     /// No graph. They keep to so many bytes.
     pub fn new(bytes_max: u64) -> Graphs<K> {
-        Graphs { known: HashMap::new(), clock: 0, bytes_max, refusal: None }
+        Graphs { known: HashMap::new(), clock: 0, bytes_max, early: true, refusal: None }
     }
 
     /// Does `work`, whose launches depend on `key` alone: by itself at the first time, by its graph later. If the
@@ -126,7 +139,7 @@ impl<K: Clone + Eq + Hash> Graphs<K> {
             return graph.launch();
         }
         known.graph = None;
-        match capture(device, &work) {
+        match self.captured(device, &work) {
             Ok(graph) => {
                 graph.launch()?;
                 known.graph = Some(graph);
@@ -138,6 +151,24 @@ impl<K: Clone + Eq + Hash> Graphs<K> {
                 work()
             }
         }
+    }
+
+    /// `capture`. A driver that refuses kernels that begin early is asked for a graph of plain ones, which costs only
+    /// the time between them.
+    fn captured(&mut self, device: &CudaDevice, work: impl Fn() -> Result<()>) -> Result<Graph> {
+        let with = |early: bool| {
+            let before = EARLY.replace(early);
+            let captured = capture(device, &work);
+            EARLY.set(before);
+            captured
+        };
+        let captured = with(self.early);
+        if captured.is_ok() || !self.early || !Change::Early.is_on() {
+            return captured;
+        }
+        let captured = with(false)?;
+        self.early = false;
+        Ok(captured)
     }
 
     /// Returns the reason why there is no graph, once.
@@ -243,6 +274,24 @@ mod tests {
             assert_eq!(graphs.refusal().is_some(), round > 1);
         }
         assert_eq!(graphs.size().0, 0);
+        Ok(())
+    }
+
+    #[test]
+    fn a_driver_that_refuses_kernels_that_begin_early_gets_plain_ones() -> Result<()> {
+        let Some(device) = own_gpu() else { return Ok(()) };
+        let cuda = device.as_cuda_device()?;
+        let (y, one) = (Tensor::zeros(1, DType::F32, &device)?, Tensor::new(&[1f32], &device)?);
+        let mut graphs = Graphs::new(u64::MAX);
+        for round in 1..=3 {
+            graphs.run(&0, cuda, || match is_capturing() && may_begin_early() {
+                true => bail!("no such edge"),
+                false => rows::add(&y, &one),
+            })?;
+            assert_eq!(values(&y)?, [round as f32]);
+        }
+        assert!(graphs.refusal().is_none() && !graphs.early && may_begin_early());
+        assert_eq!(graphs.size().0, 1);
         Ok(())
     }
 
