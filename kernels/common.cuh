@@ -29,7 +29,8 @@ typedef __nv_bfloat16 bf16;
 // rests on two rules. All threads call this first, also those that return at once: a grid whose threads have all
 // returned has ended, whatever it follows. And the next kernel is let in behind the wait, not before it, so that
 // a kernel never begins before the one two places ahead has ended. Without the launch attribute, and for kernels that
-// nothing follows, both instructions do nothing.
+// nothing follows, both instructions do nothing. Loads by the read-only cache are not bound by
+// the wait, so no kernel has them.
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #ifdef CUDA_EMU
     emulator::wait_for_earlier_kernels();

@@ -119,7 +119,7 @@ __device__ __forceinline__ void few(const Weight& weight, const bf16* x, Y* y, c
                 const int row = tile * 8 + g;
                 right[tile] = make_uint4(0, 0, 0, 0);
                 if (row < m && column < weight.k)
-                    right[tile] = __ldg(reinterpret_cast<const uint4*>(x + (uint64_t)row * weight.k + column));
+                    right[tile] = *reinterpret_cast<const uint4*>(x + (uint64_t)row * weight.k + column);
             }
 #pragma unroll
             for (int band = 0; band < BANDS; ++band) {

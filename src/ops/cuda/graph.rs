@@ -80,6 +80,24 @@ pub fn capture(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result
     Ok(Graph { graph, bytes, workspace: super::lt::workspace(), early: Change::Early.is_on() })
 }
 
+/// `capture`. A driver that refuses kernels that begin early is asked for a graph of plain ones, which costs only the
+/// time between them; `early` is false then.
+fn captured(early: &mut bool, device: &CudaDevice, work: impl Fn() -> Result<()>) -> Result<Graph> {
+    let with = |early: bool| {
+        let before = EARLY.replace(early);
+        let captured = capture(device, &work);
+        EARLY.set(before);
+        captured
+    };
+    let first = with(*early);
+    if first.is_ok() || !*early || !Change::Early.is_on() {
+        return first;
+    }
+    let plain = with(false)?;
+    *early = false;
+    Ok(plain)
+}
+
 impl Graph {
     /// Queues the recorded work.
     pub fn launch(&self) -> Result<()> {
@@ -139,7 +157,7 @@ impl<K: Clone + Eq + Hash> Graphs<K> {
             return graph.launch();
         }
         known.graph = None;
-        match self.captured(device, &work) {
+        match captured(&mut self.early, device, &work) {
             Ok(graph) => {
                 graph.launch()?;
                 known.graph = Some(graph);
@@ -151,24 +169,6 @@ impl<K: Clone + Eq + Hash> Graphs<K> {
                 work()
             }
         }
-    }
-
-    /// `capture`. A driver that refuses kernels that begin early is asked for a graph of plain ones, which costs only
-    /// the time between them.
-    fn captured(&mut self, device: &CudaDevice, work: impl Fn() -> Result<()>) -> Result<Graph> {
-        let with = |early: bool| {
-            let before = EARLY.replace(early);
-            let captured = capture(device, &work);
-            EARLY.set(before);
-            captured
-        };
-        let captured = with(self.early);
-        if captured.is_ok() || !self.early || !Change::Early.is_on() {
-            return captured;
-        }
-        let captured = with(false)?;
-        self.early = false;
-        Ok(captured)
     }
 
     /// Returns the reason why there is no graph, once.

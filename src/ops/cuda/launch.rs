@@ -25,6 +25,9 @@
 //! No kernel here reads what another block of its own grid writes, is launched as a cluster, or needs all of its blocks
 //! at once, so blocks that wait hold up nobody: the next kernel is let in when all blocks of this one are running.
 //!
+//! The wait orders what the memory model of PTX orders. Loads by the read-only cache (`__ldg`, `__restrict__`) are not
+//! among that, so kernels have none; tests/structure.rs reads them for that, and for the call at their beginning.
+//!
 //! The attribute must never meet code without the wait. So the driver is asked for each function: code is compiled
 //! with the wait if its virtual architecture is 9.0 or later, also if the driver has compiled it from PTX for a
 //! card that came later.
