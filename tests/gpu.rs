@@ -493,8 +493,9 @@ fn what_a_decoded_token_asks_of_the_device() {
     ];
     // A graph needs one launch and one wait. Its copies are not asked for by themselves. Three rows are filled up to
     // four.
-    let mut wrong = Vec::new();
+    let (mut wrong, mut edges) = (Vec::new(), Vec::new());
     for ((name, sequences, adapted), expected) in expected {
+        let before = asked().unwrap();
         let (decoder, _) = decoder(name, &gpu, Precision::Bf16, 0.0);
         assert_eq!(decoder.layers.len(), 2);
         let adapter = adapter::read(&model(name).parent().unwrap().join("final_adapter")).unwrap();
@@ -546,8 +547,12 @@ fn what_a_decoded_token_asks_of_the_device() {
         }
         let (graphs, bytes) = cache.replay().expect("there is one").size();
         assert_eq!(graphs, 1, "{name}");
-        println!("edges {} {}", asked().unwrap().early_edges, asked().unwrap().graphs);
-        assert!(bytes <= asked().unwrap().graph_bytes, "{name}: {bytes} bytes");
+        // Its tensors are those that the step before it made, so nothing stands between its kernels.
+        assert_eq!(asked().unwrap().graph_bytes, 0, "{name}: memory of graphs");
+        assert!((1..1 << 20).contains(&bytes), "{name}: {bytes} bytes");
+        edges.push((asked().unwrap().early_edges - before.early_edges, expected[0] - 1));
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    // Each kernel but the first, which follows copies, begins while the one before it ends.
+    assert!(edges.iter().all(|(found, expected)| found == expected), "{edges:?}");
 }
