@@ -388,9 +388,9 @@ fn serve(
             let mut sides = [Vec::new(), Vec::new(), Vec::new()];
             for side in (0..SERVE_RUNS).flat_map(|_| [0, 1, 2]) {
                 let without = [Some(Change::Graphs), Some(Change::Early), None][side];
-                without.inspect(|change| change.set(false));
+                without.into_iter().for_each(|change| change.set(false));
                 let ran = generated(&engine, &requests);
-                without.inspect(|change| change.set(true));
+                without.into_iter().for_each(|change| change.set(true));
                 sides[side].push(ran?);
             }
             let [without, late, with] = sides.each_ref().map(|runs| rates(runs));
