@@ -11,9 +11,9 @@
 //!   `griddepcontrol.wait`). That one had waited for the one before it with all of its threads, so the order holds for
 //!   all earlier kernels too. A buffer that is freed and taken again in between is used in this order as well. An empty
 //!   grid is no launch.
-//! - A kernel behind one of a library: it may begin when the blocks of that one have ended or allow it, and waits for its
-//!   end in the same way. If a library kernel itself begins before its predecessor ends, it has to wait for that to read
-//!   its operands, which are results of this stream, so its end still comes after all earlier ones.
+//! - A kernel behind one of a library: it may begin when the blocks of that one have ended or allow it, and waits for
+//!   its end in the same way. If a library kernel itself begins before its predecessor ends, it has to wait for that to
+//!   read its operands, which are results of this stream, so its end still comes after all earlier ones.
 //! - A library's kernel, a copy, a fill, a free or an event behind a kernel: the attribute is one of the launch that
 //!   may begin early. All other work of a stream begins after the end of what was queued before, as ever. So do other
 //!   streams that wait for an event, and the host.
