@@ -21,8 +21,8 @@
 //!   order behind a kernel may be relaxed ("overlap with the previous kernel in the stream", CUDA Driver API,
 //!   `CUlaunchAttributeID`), so it begins after these.
 //! - In a graph, the attribute makes the edge between two kernels programmatic (CUDA 12.3). Other edges stay as they
-//!   are, also those to and from memory that the graph takes or frees. The graph as a whole begins and ends in the order
-//!   of the stream.
+//!   are, also those to and from memory that the graph takes or frees. The graph as a whole begins and ends in the
+//!   order of the stream.
 //!
 //! No kernel here reads what another block of its own grid writes, is launched as a cluster, or needs all of its blocks
 //! at once, so blocks that wait hold up nobody: the next kernel is let in when all blocks of this one are running.
