@@ -8,10 +8,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Machine code for Ampere (80), Hopper (90) and Blackwell (100, 120), and PTX of the first for what comes. Code for
-/// 8.0 runs on 8.6 and 8.9 (Ampere's other cards and Ada) too: CUDA promises that within a major version. The list
-/// begins with the lowest, since no kernel asks which architecture it is compiled for.
+/// Machine code for Ampere (80), Hopper (90) and Blackwell (100, 120). Code for 8.0 runs on 8.6 and 8.9 (Ampere's other
+/// cards and Ada) too: CUDA promises that within a major version. The list is in ascending order.
 const ARCHITECTURES: &str = "80,90,100,120";
+
+/// Kernels have two forms, since from this architecture on they wait for the kernels before them
+/// (`wait_for_earlier_kernels` in kernels/common.cuh). The PTX of the last form is part of the binary for what comes.
+const WAITS_FROM: u32 = 90;
 
 /// The end of the names of files for Hopper alone.
 const HOPPER: &str = "_hopper";
@@ -101,7 +104,7 @@ fn compile(source: &Path, out: &Path) {
     if env::var_os("HONE_CUDA_LINES").is_some_and(|value| value == "1") {
         command.arg("-lineinfo");
     }
-    // One run of the compiler's front end serves all: the PTX of the first is assembled for each of the others.
+    // One run of the compiler's front end serves all of a form: the PTX of the first is assembled for the others.
     if stem(source).ends_with(HOPPER) {
         // Its instructions exist on this architecture alone. An empty image says that the binary has none of them.
         if !architectures.contains(&"90") {
@@ -113,10 +116,18 @@ fn compile(source: &Path, out: &Path) {
         }
         command.arg("-gencode=arch=compute_90a,code=sm_90a");
     } else {
-        let first = architectures.first().expect("at least one architecture");
-        let code: Vec<String> =
-            architectures.iter().map(|architecture| format!("sm_{architecture}")).collect();
-        command.arg(format!("-gencode=arch=compute_{first},code=[{},compute_{first}]", code.join(",")));
+        let waits = |architecture: &&str| architecture.parse().unwrap_or(0) >= WAITS_FROM;
+        let (later, earlier): (Vec<&str>, Vec<&str>) = architectures.iter().partition(|a| waits(a));
+        let forms = [earlier, later].into_iter().filter(|form| !form.is_empty());
+        let mut forms = forms.peekable();
+        while let Some(form) = forms.next() {
+            let mut code: Vec<String> =
+                form.iter().map(|architecture| format!("sm_{architecture}")).collect();
+            if forms.peek().is_none() {
+                code.push(format!("compute_{}", form[0]));
+            }
+            command.arg(format!("-gencode=arch=compute_{},code=[{}]", form[0], code.join(",")));
+        }
     }
     if let Some(compiler) = env::var_os("NVCC_CCBIN").filter(|compiler| !compiler.is_empty()) {
         command.arg("-ccbin").arg(compiler);

@@ -85,10 +85,12 @@ __device__ __forceinline__ void backward(T* dh, const T* x, T* d, int width, int
 #define FOR(Curve, curve, T, type)                                                                                     \
     extern "C" __global__ void activation_forward_##curve##_##type(const T* x, T* h, int width, int stride,            \
                                                                    int gated) {                                        \
+        wait_for_earlier_kernels();                                                                                    \
         forward<T, Curve>(x, h, width, stride, gated);                                                                 \
     }                                                                                                                  \
     extern "C" __global__ void activation_backward_##curve##_##type(T* dh, const T* x, T* d, int width, int stride,    \
                                                                     int gated, int keep) {                             \
+        wait_for_earlier_kernels();                                                                                    \
         backward<T, Curve>(dh, x, d, width, stride, gated, keep);                                                      \
     }
 FOR(Silu, silu, float, f32)

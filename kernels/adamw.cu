@@ -24,6 +24,7 @@ __device__ __forceinline__ float clipping(const double* squares, float norm_max)
 extern "C" __global__ void adamw_step(float* params, const float* grads, float* first, float* second, bf16* copy,
                                       const double* squares, float norm_max, float c1, float beta2, float c2,
                                       float decay, float rate, float root2, float epsilon, unsigned long long n) {
+    wait_for_earlier_kernels();
     SHARED_ARRAY(float, clip, 1);
     if (threadIdx.x == 0) *clip = clipping(squares, norm_max);
     __syncthreads();

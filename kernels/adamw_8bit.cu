@@ -44,6 +44,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
                     unsigned long long wide_half, const double* squares, float norm_max, float beta1, float c1,
                     float beta2, float c2, float epsilon, float root2, float decay, float rate, float faster_decay,
                     float faster_rate) {
+    wait_for_earlier_kernels();
     SHARED_ARRAY(float, values, 512);
     SHARED_ARRAY(float, bounds, 512);
     SHARED_ARRAY(float, clip, 1);

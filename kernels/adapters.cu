@@ -97,11 +97,13 @@ __device__ __forceinline__ void expand(const float* low, const uint32_t* items, 
 #define FOR(T, type)                                                                                                      \
     extern "C" __global__ void adapters_shrink_##type(const T* x, const uint32_t* items, float* low, int k, int rank_max, \
                                                       SITES_PARAMETERS) {                                                 \
+        wait_for_earlier_kernels();                                                                                       \
         shrink<T>(x, items, low, k, rank_max, SITES);                                                                     \
     }                                                                                                                     \
     extern "C" __global__ void adapters_expand_##type(const float* low, const uint32_t* items, const uint32_t* rows,      \
                                                       T* y, int stride, int count, int rank_max, float factor,            \
                                                       PARTS_PARAMETERS) {                                                 \
+        wait_for_earlier_kernels();                                                                                       \
         expand<T>(low, items, rows, y, stride, count, rank_max, factor, PARTS);                                           \
     }
 FOR(float, f32)

@@ -390,6 +390,7 @@ __device__ __forceinline__ void backward_key(const T* qkv, const T* d_out, const
     extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                   \
         attention_forward_##name##_##type(const T* qkv, T* out, float* lse, const uint32_t* tiles, int skipped,        \
                                           int stride, SHAPE_PARAMETERS) {                                              \
+        wait_for_earlier_kernels();                                                                                    \
         forward<T, WIDTH, WARPS, BANDS, KEYS, STAGES>(qkv, out, lse, tiles, skipped, stride, SHAPE);                   \
     }
 #define BACKWARD_QUERY(T, type, WIDTH, WARPS, BANDS, KEYS, BLOCKS)                                                     \
@@ -397,6 +398,7 @@ __device__ __forceinline__ void backward_key(const T* qkv, const T* d_out, const
         attention_backward_query_##WIDTH##_##type(const T* qkv, const T* out, const T* d_out, const float* lse,        \
                                                   float* delta, T* d_qkv, const uint32_t* tiles, int out_stride,       \
                                                   int d_stride, SHAPE_PARAMETERS, TURN_PARAMETERS) {                   \
+        wait_for_earlier_kernels();                                                                                    \
         backward_query<T, WIDTH, WARPS, BANDS, KEYS>(qkv, out, d_out, lse, delta, d_qkv, tiles, out_stride, d_stride,  \
                                                      SHAPE, TURN);                                                     \
     }
@@ -405,6 +407,7 @@ __device__ __forceinline__ void backward_key(const T* qkv, const T* d_out, const
         attention_backward_key_##name##_##type(const T* qkv, const T* d_out, const float* lse, const float* delta,     \
                                                T* d_qkv, const uint32_t* tiles, int d_stride, SHAPE_PARAMETERS,        \
                                                TURN_PARAMETERS) {                                                      \
+        wait_for_earlier_kernels();                                                                                    \
         backward_key<T, WIDTH, PAIRS, BANDS, QUERIES>(qkv, d_out, lse, delta, d_qkv, tiles, d_stride, SHAPE, TURN);    \
     }
 

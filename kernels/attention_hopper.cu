@@ -506,6 +506,7 @@ __device__ __forceinline__ void backward_key(const TensorMap& rows, const Tensor
     extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_hopper_forward_##WIDTH##_bf16(                          \
         const __grid_constant__ TensorMap rows_of, bf16* out, float* lse, const uint32_t* tiles, int stride, int patience,     \
         SHAPE_PARAMETERS) {                                                                                                    \
+        wait_for_earlier_kernels();                                                                                            \
         forward<WIDTH, KEYS>(rows_of, out, lse, tiles, stride, patience, SHAPE);                                               \
     }
 #define BACKWARD(WIDTH, STEP)                                                                                                  \
@@ -513,6 +514,7 @@ __device__ __forceinline__ void backward_key(const TensorMap& rows, const Tensor
         const __grid_constant__ TensorMap rows_of, const __grid_constant__ TensorMap d_rows, const bf16* out,                  \
         const bf16* d_out, const float* lse, float* delta, bf16* d_qkv, const uint32_t* tiles, int out_stride, int d_stride,   \
         int patience, SHAPE_PARAMETERS, const float* cosines, const float* sines, int half, int angle_stride) {                \
+        wait_for_earlier_kernels();                                                                                            \
         backward_query<WIDTH, STEP>(rows_of, d_rows, out, d_out, lse, delta, d_qkv, tiles, out_stride, d_stride, patience,     \
                                     SHAPE, Turn{cosines, sines, half, angle_stride});                                         \
     }                                                                                                                          \
@@ -520,6 +522,7 @@ __device__ __forceinline__ void backward_key(const TensorMap& rows, const Tensor
         const __grid_constant__ TensorMap rows_of, const __grid_constant__ TensorMap d_rows, const float* lse,                 \
         const float* delta, bf16* d_qkv, const uint32_t* tiles, int d_stride, int patience, SHAPE_PARAMETERS,                  \
         const float* cosines, const float* sines, int half, int angle_stride) {                                                \
+        wait_for_earlier_kernels();                                                                                            \
         backward_key<WIDTH, STEP>(rows_of, d_rows, lse, delta, d_qkv, tiles, d_stride, patience, SHAPE,                        \
                                   Turn{cosines, sines, half, angle_stride});                                                   \
     }

@@ -30,6 +30,7 @@ __device__ __forceinline__ void apply(const float* bias, const T* from, T* y, in
 
 #define FOR(T, type)                                                                                                \
     extern "C" __global__ void bias_apply_##type(const float* bias, const T* from, T* y, int n, int width, int at) { \
+        wait_for_earlier_kernels();                                                                                  \
         apply<T>(bias, from, y, n, width, at);                                                                      \
     }
 FOR(float, f32)

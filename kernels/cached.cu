@@ -280,16 +280,19 @@ __device__ __forceinline__ void combine(const float* partials, T* out, const uin
         cached_decode_##WIDTH##_##GROUP##_##cache##_##type(const T* qkv, const C* keys, const C* values, T* out,    \
                                                            float* partials, const uint32_t* pieces,                 \
                                                            const uint32_t* pages, SHAPE_PARAMETERS) {               \
+        wait_for_earlier_kernels();                                                                                 \
         decode<T, C, WIDTH, GROUP>(qkv, keys, values, out, partials, pieces, pages, SHAPE);                         \
     }
 #define FOR(T, type, C, cache, BLOCKS)                                                                              \
     extern "C" __global__ void cached_write_##cache##_##type(T* qkv, C* keys, C* values, const uint32_t* slots,     \
                                                              const float* cosines, const float* sines, int runs,    \
                                                              int half, SHAPE_PARAMETERS) {                          \
+        wait_for_earlier_kernels();                                                                                 \
         write<T, C>(qkv, keys, values, slots, cosines, sines, runs, half, SHAPE);                                   \
     }                                                                                                               \
     extern "C" __global__ void cached_gather_##cache##_##type(const T* qkv, const C* keys, const C* values, T* wide, \
                                                               const uint32_t* pages, int start, SHAPE_PARAMETERS) { \
+        wait_for_earlier_kernels();                                                                                 \
         gather<T, C>(qkv, keys, values, wide, pages, start, SHAPE);                                                 \
     }                                                                                                               \
     DECODE(T, type, C, cache, BLOCKS, 32, 1)                                                                        \
@@ -311,8 +314,10 @@ FOR(float, f32, fp8, fp8, 4)
 FOR(bf16, bf16, fp8, fp8, 4)
 
 extern "C" __global__ void cached_combine_f32(const float* partials, float* out, const uint32_t* rows, int heads, int width) {
+    wait_for_earlier_kernels();
     combine<float>(partials, out, rows, heads, width);
 }
 extern "C" __global__ void cached_combine_bf16(const float* partials, bf16* out, const uint32_t* rows, int heads, int width) {
+    wait_for_earlier_kernels();
     combine<bf16>(partials, out, rows, heads, width);
 }

@@ -19,6 +19,26 @@
 
 typedef __nv_bfloat16 bf16;
 
+// The first statement of every kernel: from here on the kernels that were launched before have ended, and their writes
+// are seen. On cards of compute capability 9.0 and later a kernel that src/ops/cuda/launch.rs launches with
+// programmatic stream serialization may begin while the one before it ends; nothing that lies in global memory may be
+// read or written before this call. Parameters may. PTX ISA, "griddepcontrol"; CUDA Programming Guide, "Programmatic
+// Dependent Launch".
+//
+// The wait is for the kernel before this one alone, and for its end. That it also covers all kernels before that one
+// rests on two rules. All threads call this first, also those that return at once: a grid whose threads have all
+// returned has ended, whatever it follows. And the next kernel is let in behind the wait, not before it, so that
+// a kernel never begins before the one two places ahead has ended. Without the launch attribute, and for kernels that
+// nothing follows, both instructions do nothing. Loads by the read-only cache are not bound by
+// the wait, so no kernel has them.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#ifdef CUDA_EMU
+    emulator::wait_for_earlier_kernels();
+#elif __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 template <typename T> __device__ __forceinline__ T narrow(float x);
 template <> __device__ __forceinline__ float narrow<float>(float x) { return x; }
 template <> __device__ __forceinline__ bf16 narrow<bf16>(float x) { return __float2bfloat16_rn(x); }

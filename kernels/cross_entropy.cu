@@ -159,16 +159,19 @@ __device__ __forceinline__ void rows(T* logits, const uint32_t* targets, float* 
     extern "C" __global__ void __launch_bounds__(512)                                                             \
         cross_entropy_rows_##type(T* logits, const uint32_t* targets, float* losses, int vocab, int stride,       \
                                   float softcap, const float* scale) {                                            \
+        wait_for_earlier_kernels();                                                                               \
         rows<T, PLAIN>(logits, targets, losses, nullptr, vocab, stride, softcap, scale, 0.f);                     \
     }                                                                                                             \
     extern "C" __global__ void __launch_bounds__(512)                                                             \
         cross_entropy_smooth_##type(T* logits, const uint32_t* targets, float* losses, int vocab, int stride,     \
                                     float softcap, const float* scale, float smoothing) {                         \
+        wait_for_earlier_kernels();                                                                               \
         rows<T, SMOOTHED>(logits, targets, losses, nullptr, vocab, stride, softcap, scale, smoothing);            \
     }                                                                                                             \
     extern "C" __global__ void __launch_bounds__(512)                                                             \
         cross_entropy_count_##type(T* logits, const uint32_t* targets, float* losses, float* hits, int vocab,     \
                                    int stride, float softcap) {                                                   \
+        wait_for_earlier_kernels();                                                                               \
         rows<T, COUNTED>(logits, targets, losses, hits, vocab, stride, softcap, nullptr, 0.f);                    \
     }
 FOR(float, f32)
@@ -176,6 +179,7 @@ FOR(bf16, bf16)
 
 // The cap on logits that are sampled from, in place.
 extern "C" __global__ void cross_entropy_cap(float* logits, unsigned long long n, float cap) {
+    wait_for_earlier_kernels();
     const unsigned long long i = (unsigned long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) logits[i] = Cap{cap}.value(logits[i]);
 }

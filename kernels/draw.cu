@@ -67,6 +67,7 @@ struct Weight {
 // draws[row]: temperature (0: the most probable token), top_k, top_p, min_p, and a number from [0, 1) that decides. A
 // row without a finite logit gets NONE.
 extern "C" __global__ void __launch_bounds__(512) draw_tokens(const float* logits, const double* draws, uint32_t* tokens, int vocab) {
+    wait_for_earlier_kernels();
     SHARED_ARRAY(double, sums, SEGMENTS);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     draws += (uint64_t)blockIdx.x * 5;

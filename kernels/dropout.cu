@@ -26,6 +26,7 @@ __device__ __forceinline__ void apply(const T* x, const unsigned long long* keys
     extern "C" __global__ void dropout_apply_##type(const T* x, const unsigned long long* keys, T* y,                 \
                                                     unsigned long long mixed_site, unsigned long long threshold,      \
                                                     float scale, int width) {                                         \
+        wait_for_earlier_kernels();                                                                                   \
         apply<T>(x, keys, y, mixed_site, threshold, scale, width);                                                    \
     }
 FOR(float, f32)

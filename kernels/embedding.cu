@@ -23,6 +23,7 @@ __device__ __forceinline__ void gather(const From* table, const uint32_t* ids, T
 #define FOR(From, from, To, to)                                                                              \
     extern "C" __global__ void embedding_gather_##from##_##to(const From* table, const uint32_t* ids, To* y, \
                                                               int width, float factor) {                     \
+        wait_for_earlier_kernels();                                                                          \
         gather(table, ids, y, width, factor);                                                                \
     }
 FOR(float, f32, float, f32)

@@ -133,6 +133,7 @@ __device__ __forceinline__ void dequantize(const uint8_t* packed, const uint8_t*
 #define FROM(From, type)                                                                                         \
     extern "C" __global__ void four_bit_quantize_##type(const From::Stored* values, uint8_t* packed, float* absmax, \
                                                         unsigned long long n, int width, int code) {             \
+        wait_for_earlier_kernels();                                                                              \
         quantize<From>(values, packed, absmax, n, width, code);                                                  \
     }
 FROM(F32, f32)
@@ -144,6 +145,7 @@ FROM(F16, f16)
         four_bit_dequantize_##type(const uint8_t* packed, const uint8_t* codes, const float* absmax,            \
                                    float offset, T* out, unsigned long long n, int width_log2, int code,        \
                                    int groups, int stride, int shift, unsigned long long factor) {              \
+        wait_for_earlier_kernels();                                                                             \
         dequantize<T>(packed, codes, absmax, offset, out, n, width_log2, code,                                  \
                       Rows{groups, stride, shift, factor});                                                     \
     }                                                                                                           \
@@ -152,6 +154,7 @@ FROM(F16, f16)
                                T* out, unsigned long long n, int width_log2, int code, int groups, int stride,  \
                                int shift, unsigned long long factor, int blocks, int spare,                     \
                                PAIR_PARAMETERS(T)) {                                                            \
+        wait_for_earlier_kernels();                                                                             \
         if ((int)blockIdx.x < blocks) {                                                                         \
             dequantize<T>(packed, codes, absmax, offset, out, n, width_log2, code,                              \
                           Rows{groups, stride, shift, factor});                                                 \

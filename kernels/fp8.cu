@@ -209,16 +209,19 @@ __device__ __forceinline__ void finish(const T* sums, const float* x_scales, con
 
 extern "C" __global__ void __launch_bounds__(256)
     fp8_four_bit_rows(FOUR_BIT_PARAMETERS, fp8* codes, float* scales, int n, int cols) {
+    wait_for_earlier_kernels();
     FOUR_BIT_WEIGHT;
     weight_rows(weight, codes, scales, n, cols);
 }
 extern "C" __global__ void __launch_bounds__(256)
     fp8_four_bit_largest(FOUR_BIT_PARAMETERS, float* bounds, int n, int cols) {
+    wait_for_earlier_kernels();
     FOUR_BIT_WEIGHT;
     largest(weight, bounds, n, cols);
 }
 extern "C" __global__ void __launch_bounds__(256)
     fp8_four_bit_turned(FOUR_BIT_PARAMETERS, const float* bounds, fp8* codes, float* scales, int n, int cols) {
+    wait_for_earlier_kernels();
     FOUR_BIT_WEIGHT;
     turned(weight, bounds, codes, scales, n, cols);
 }
@@ -226,19 +229,23 @@ extern "C" __global__ void __launch_bounds__(256)
 #define INSTANTIATE(T, type)                                                                                         \
     extern "C" __global__ void __launch_bounds__(128)                                                               \
         fp8_rows_##type(const T* x, fp8* codes, float* scales, int cols, int stride) {                              \
+        wait_for_earlier_kernels();                                                                                 \
         rows<T>(x, codes, scales, cols, stride);                                                                    \
     }                                                                                                               \
     extern "C" __global__ void __launch_bounds__(256)                                                               \
         fp8_largest_##type(const T* values, float* bounds, int n, int cols) {                                       \
+        wait_for_earlier_kernels();                                                                                 \
         largest(Dense<T>{values}, bounds, n, cols);                                                                 \
     }                                                                                                               \
     extern "C" __global__ void __launch_bounds__(256)                                                               \
         fp8_turned_##type(const T* values, const float* bounds, fp8* codes, float* scales, int n, int cols) {       \
+        wait_for_earlier_kernels();                                                                                 \
         turned(Dense<T>{values}, bounds, codes, scales, n, cols);                                                   \
     }                                                                                                               \
     extern "C" __global__ void __launch_bounds__(128)                                                               \
         fp8_finish_##type(const T* sums, const float* x_scales, const float* w_scales, const T* base, T* y,         \
                           float alpha, int cols, int sums_stride, int stride) {                                     \
+        wait_for_earlier_kernels();                                                                                 \
         finish<T>(sums, x_scales, w_scales, base, y, alpha, cols, sums_stride, stride);                             \
     }
 INSTANTIATE(float, f32)

@@ -86,10 +86,12 @@ __device__ __forceinline__ void backward(T* d, const T* x, const float* w, int s
 #define FOR(T, type)                                                                                                   \
     extern "C" __global__ void head_norm_forward_##type(T* x, const float* w, int stride, int at, int count,           \
                                                         int width, float eps) {                                        \
+        wait_for_earlier_kernels();                                                                                    \
         forward<T>(x, w, stride, at, count, width, eps);                                                               \
     }                                                                                                                  \
     extern "C" __global__ void head_norm_backward_##type(T* d, const T* x, const float* w, int stride, int x_stride,   \
                                                          int at, int count, int width, float eps) {                    \
+        wait_for_earlier_kernels();                                                                                    \
         backward<T>(d, x, w, stride, x_stride, at, count, width, eps);                                                 \
     }
 FOR(float, f32)

@@ -25,6 +25,7 @@ __device__ __forceinline__ Best warp_best(Best best) {
 }
 
 extern "C" __global__ void __launch_bounds__(512) largest_tokens(const float* logits, uint32_t* tokens, int vocab) {
+    wait_for_earlier_kernels();
     SHARED_ARRAY(float, found, 32);
     SHARED_ARRAY(uint32_t, ids, 32);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;

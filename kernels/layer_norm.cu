@@ -102,10 +102,12 @@ __device__ __forceinline__ void backward(const T* dy, const T* x, const float* w
 #define FOR(T, type)                                                                                                   \
     extern "C" __global__ void layer_norm_forward_##type(const T* x, const float* w, const float* b, T* y, int width,  \
                                                          int stride, float eps) {                                      \
+        wait_for_earlier_kernels();                                                                                    \
         forward<T>(x, w, b, y, width, stride, eps);                                                                    \
     }                                                                                                                  \
     extern "C" __global__ void layer_norm_backward_##type(const T* dy, const T* x, const float* w, T* dx, int width,   \
                                                           int stride, float eps) {                                     \
+        wait_for_earlier_kernels();                                                                                    \
         backward<T>(dy, x, w, dx, width, stride, eps);                                                                 \
     }
 FOR(float, f32)

@@ -236,6 +236,7 @@ __device__ __forceinline__ void sum_below(const float* gradients, int chunks, in
 
 #define FOR(T, type)                                                                                       \
     extern "C" __global__ void low_rank_insert_##type(T* out, int cols, int spare, PAIR_PARAMETERS(T)) { \
+        wait_for_earlier_kernels();                                                                      \
         const Pair<T> pairs[3] = PAIRS;                                                                    \
         insert<T>(out, cols, spare, pairs, blockIdx.x);                                                    \
     }
@@ -247,6 +248,7 @@ FOR(bf16, bf16)
     extern "C" __global__ void __launch_bounds__(PASS_THREADS)                                                         \
         low_rank_gradient_##RANKS##_bf16(const bf16* x, int stride, int columns, const bf16* low, int low_stride,      \
                                          int ranks, const float* factors, float* gradients, int rows, int chunk) {     \
+        wait_for_earlier_kernels();                                                                                    \
         const Part parts[3] = {{columns, ranks}, {0, 0}, {0, 0}};                                                      \
         pass_over<RANKS, COLUMNS, false>(x, stride, low, low_stride, factors, nullptr, 0, gradients, nullptr, rows,    \
                                          chunk, parts);                                                                \
@@ -256,6 +258,7 @@ FOR(bf16, bf16)
         low_rank_both_##RANKS##_bf16(const bf16* x, int stride, const bf16* low, int low_stride, const bf16* beside,   \
                                      int beside_stride, float* gradients, float* through, int rows, int chunk,         \
                                      int columns0, int ranks0, int columns1, int ranks1, int columns2, int ranks2) {   \
+        wait_for_earlier_kernels();                                                                                    \
         const Part parts[3] = {{columns0, ranks0}, {columns1, ranks1}, {columns2, ranks2}};                            \
         pass_over<RANKS, COLUMNS, true>(x, stride, low, low_stride, nullptr, beside, beside_stride, gradients,         \
                                         through, rows, chunk, parts);                                                  \
@@ -271,6 +274,7 @@ extern "C" __global__ void low_rank_sum_over_bf16(const float* through, int widt
                                                   int rows, const float* gradients, int chunks, int ranks, float* to0,
                                                   int rows0, int rank0, float factor0, float* to1, int rows1, int rank1,
                                                   float factor1, float* to2, int rows2, int rank2, float factor2) {
+    wait_for_earlier_kernels();
     const Gradient pairs[3] = {{to0, rows0, rank0, factor0}, {to1, rows1, rank1, factor1}, {to2, rows2, rank2, factor2}};
     sum_over(through, width, v, stride, spare, rows, gradients, chunks, ranks, pairs);
 }
@@ -278,6 +282,7 @@ extern "C" __global__ void low_rank_sum_below(const float* gradients, int chunks
                                               const float* weight, float* to0, int rows0, int rank0, float factor0,
                                               float* to1, int rows1, int rank1, float factor1, float* to2, int rows2,
                                               int rank2, float factor2) {
+    wait_for_earlier_kernels();
     const Gradient pairs[3] = {{to0, rows0, rank0, factor0}, {to1, rows1, rank1, factor1}, {to2, rows2, rank2, factor2}};
     sum_below(gradients, chunks, ranks, columns, weight, pairs);
 }

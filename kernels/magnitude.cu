@@ -83,19 +83,23 @@ __device__ __forceinline__ void gradient(const T* dy, const T* z, const float* i
 
 #define FOR(T, type)                                                                                                   \
     extern "C" __global__ void magnitude_squares_##type(const T* w, float* to, int width) {                            \
+        wait_for_earlier_kernels();                                                                                    \
         squares<T>(w, to, width);                                                                                      \
     }                                                                                                                  \
     extern "C" __global__ void magnitude_inverse_##type(const float* squares, const T* b, const float* q, float* to,   \
                                                         int n, int rank, float scale) {                                \
+        wait_for_earlier_kernels();                                                                                    \
         inverse<T>(squares, b, q, to, n, rank, scale);                                                                 \
     }                                                                                                                  \
     extern "C" __global__ void magnitude_scale_##type(const float* magnitude, const float* inverse, const T* from,     \
                                                       T* to, int n, int from_width, int from_at, int to_width,         \
                                                       int to_at, int add, float shift, float strength) {               \
+        wait_for_earlier_kernels();                                                                                    \
         scale<T>(magnitude, inverse, from, to, n, from_width, from_at, to_width, to_at, add, shift, strength);         \
     }                                                                                                                  \
     extern "C" __global__ void magnitude_gradient_##type(const T* dy, const T* z, const float* inverse, float* to,     \
                                                          int rows, int n, int width, int at) {                         \
+        wait_for_earlier_kernels();                                                                                    \
         gradient<T>(dy, z, inverse, to, rows, n, width, at);                                                           \
     }
 FOR(float, f32)

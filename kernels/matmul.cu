@@ -119,7 +119,7 @@ __device__ __forceinline__ void few(const Weight& weight, const bf16* x, Y* y, c
                 const int row = tile * 8 + g;
                 right[tile] = make_uint4(0, 0, 0, 0);
                 if (row < m && column < weight.k)
-                    right[tile] = __ldg(reinterpret_cast<const uint4*>(x + (uint64_t)row * weight.k + column));
+                    right[tile] = *reinterpret_cast<const uint4*>(x + (uint64_t)row * weight.k + column);
             }
 #pragma unroll
             for (int band = 0; band < BANDS; ++band) {
@@ -182,6 +182,7 @@ __device__ __forceinline__ void few_four_bit(const uint8_t* packed, const uint8_
     extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) matmul_few_four_bit_##TILES##_bf16(                  \
         FOUR_BIT_PARAMETERS(0), FOUR_BIT_PARAMETERS(1), FOUR_BIT_PARAMETERS(2), const bf16* x, bf16* y, const bf16* base, \
         int m, int k, int stride, int at, int width_log2, int code, float alpha) {                                        \
+        wait_for_earlier_kernels();                                                                                       \
         few_four_bit<bf16, TILES, BANDS>(PICK(packed), PICK(codes), PICK(absmax), PICK(offset), PICK(n), x, y, base, m, k, \
                                          stride, AT, width_log2, code, alpha);                                            \
     }
@@ -189,6 +190,7 @@ __device__ __forceinline__ void few_four_bit(const uint8_t* packed, const uint8_
     extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                     \
         matmul_few_dense_##TILES##_##type(DENSE_PARAMETERS(0), DENSE_PARAMETERS(1), DENSE_PARAMETERS(2), const bf16* x,  \
                                           Y* y, const Y* base, int m, int k, int stride, int at, float alpha) {          \
+        wait_for_earlier_kernels();                                                                                      \
         few<Y, Dense, TILES, BANDS>(Dense{PICK(weight), PICK(n), k}, x, y, base, m, stride, AT, alpha);                  \
     }
 FEW_FOUR_BIT(1, 1, 2)

@@ -29,6 +29,7 @@ __device__ __forceinline__ void add(T* x, const unsigned long long* keys, const 
 #define FOR(T, type)                                                                                              \
     extern "C" __global__ void noise_add_##type(T* x, const unsigned long long* keys, const float* most,         \
                                                 unsigned long long mixed_site, float factor, int width) {         \
+        wait_for_earlier_kernels();                                                                               \
         add<T>(x, keys, most, mixed_site, factor, width);                                                         \
     }
 FOR(float, f32)

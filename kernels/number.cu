@@ -17,6 +17,7 @@ __device__ __forceinline__ double block_total(double x) {
 // parts[block] = sum of squares of the values `blockIdx.x * share .. + share`. `share` is a multiple of 4, so that
 // reads take 16 bytes.
 extern "C" __global__ void number_squares(const float* x, double* parts, unsigned long long n, int share) {
+    wait_for_earlier_kernels();
     const unsigned long long from = (unsigned long long)blockIdx.x * share;
     const int count = n - from < (unsigned long long)share ? (int)(n - from) : share;
     x += from;
@@ -42,8 +43,14 @@ __device__ __forceinline__ void total(const T* x, int n, double* total) {
     if (threadIdx.x == 0) *total += sum;
 }
 
-extern "C" __global__ void number_total_f32(const float* x, int n, double* to) { total(x, n, to); }
-extern "C" __global__ void number_total_f64(const double* x, int n, double* to) { total(x, n, to); }
+extern "C" __global__ void number_total_f32(const float* x, int n, double* to) {
+    wait_for_earlier_kernels();
+    total(x, n, to);
+}
+extern "C" __global__ void number_total_f64(const double* x, int n, double* to) {
+    wait_for_earlier_kernels();
+    total(x, n, to);
+}
 
 // to[0] + to[1] = x to 48 bits. What is not finite has no rest.
 template <typename T>
@@ -55,5 +62,11 @@ __device__ __forceinline__ void split(const T* x, float* to) {
     to[1] = rest - rest == 0.f ? rest : 0.f;
 }
 
-extern "C" __global__ void number_split_f32(const float* x, float* to) { split(x, to); }
-extern "C" __global__ void number_split_f64(const double* x, float* to) { split(x, to); }
+extern "C" __global__ void number_split_f32(const float* x, float* to) {
+    wait_for_earlier_kernels();
+    split(x, to);
+}
+extern "C" __global__ void number_split_f64(const double* x, float* to) {
+    wait_for_earlier_kernels();
+    split(x, to);
+}

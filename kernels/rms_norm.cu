@@ -87,10 +87,12 @@ __device__ __forceinline__ void backward(const T* dy, const T* x, const float* w
 #define FOR(T, type)                                                                                                   \
     extern "C" __global__ void rms_norm_forward_##type(const T* x, const float* w, T* y, float* scales, int width,     \
                                                        int stride, float eps) {                                        \
+        wait_for_earlier_kernels();                                                                                    \
         forward<T>(x, w, y, scales, width, stride, eps);                                                               \
     }                                                                                                                  \
     extern "C" __global__ void rms_norm_backward_##type(const T* dy, const T* x, const float* w, T* dx, int width,     \
                                                         int stride, float eps) {                                       \
+        wait_for_earlier_kernels();                                                                                    \
         backward<T>(dy, x, w, dx, width, stride, eps);                                                                 \
     }
 FOR(float, f32)

@@ -5,6 +5,7 @@
 // angle is a product in f32 as in transformers, and cosf and sinf reduce it exactly.
 extern "C" __global__ void rope_angles(const uint32_t* positions, const uint32_t* sets, const float* frequencies,
                                        float attention, float* cosines, float* sines, int half) {
+    wait_for_earlier_kernels();
     const uint64_t row = (uint64_t)blockIdx.x * half;
     const float position = (float)positions[blockIdx.x];
     const float* frequency = frequencies + (uint64_t)sets[blockIdx.x] * half;
@@ -48,6 +49,7 @@ __device__ __forceinline__ void rotate(T* x, const float* cosines, const float* 
 #define FOR(T, type)                                                                                               \
     extern "C" __global__ void rope_rotate_##type(T* x, const float* cosines, const float* sines, int stride,      \
                                                   int heads, int width, int half, float sign) {                    \
+        wait_for_earlier_kernels();                                                                                \
         rotate<T>(x, cosines, sines, stride, heads, width, half, sign);                                            \
     }
 FOR(float, f32)

@@ -52,21 +52,33 @@ __device__ __forceinline__ void convert(const From* x, To* y, unsigned long long
 #define FOR(T, type)                                                                                                \
     extern "C" __global__ void rows_columns_##type(const T* x, T* y, int x_stride, int y_stride, int width,         \
                                                    int aligned) {                                                   \
+        wait_for_earlier_kernels();                                                                                 \
         move<T>(x + (uint64_t)blockIdx.x * x_stride, y + (uint64_t)blockIdx.x * y_stride, width, aligned != 0);     \
     }                                                                                                               \
     extern "C" __global__ void rows_gather_##type(const T* x, const uint32_t* index, T* y, int width, int stride) { \
+        wait_for_earlier_kernels();                                                                                 \
         /* A place without a row takes any: nothing is made of it. */                                                \
         const uint32_t row = index[blockIdx.x] == NO_ROW ? 0 : index[blockIdx.x];                                    \
         move<T>(x + (uint64_t)row * width, y + (uint64_t)blockIdx.x * stride, width, stride % 8 == 0);               \
     }                                                                                                               \
     extern "C" __global__ void rows_scatter_##type(const T* y, const uint32_t* index, T* x, int width,              \
                                                    int stride) {                                                    \
+        wait_for_earlier_kernels();                                                                                 \
         if (index[blockIdx.x] == NO_ROW) return;                                                                     \
         move<T>(y + (uint64_t)blockIdx.x * width, x + (uint64_t)index[blockIdx.x] * stride, width, stride % 8 == 0); \
     }                                                                                                               \
-    extern "C" __global__ void rows_add_##type(T* x, const T* y, unsigned long long n) { add<T>(x, y, n); }
+    extern "C" __global__ void rows_add_##type(T* x, const T* y, unsigned long long n) {                        \
+        wait_for_earlier_kernels();                                                                                 \
+        add<T>(x, y, n);                                                                                            \
+    }
 FOR(float, f32)
 FOR(bf16, bf16)
 
-extern "C" __global__ void rows_convert_bf16_f32(const bf16* x, float* y, unsigned long long n) { convert(x, y, n); }
-extern "C" __global__ void rows_convert_f32_bf16(const float* x, bf16* y, unsigned long long n) { convert(x, y, n); }
+extern "C" __global__ void rows_convert_bf16_f32(const bf16* x, float* y, unsigned long long n) {
+    wait_for_earlier_kernels();
+    convert(x, y, n);
+}
+extern "C" __global__ void rows_convert_f32_bf16(const float* x, bf16* y, unsigned long long n) {
+    wait_for_earlier_kernels();
+    convert(x, y, n);
+}

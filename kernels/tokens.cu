@@ -49,17 +49,21 @@ __device__ __forceinline__ void take(T* logits, const unsigned* ids, T* values, 
 #define FOR(T, type)                                                                                                   \
     extern "C" __global__ void tokens_place_##type(const T* rows, const unsigned* places, T* to, int width,            \
                                                    float factor, int add) {                                            \
+        wait_for_earlier_kernels();                                                                                    \
         place<T>(rows, places, to, width, factor, add);                                                                \
     }                                                                                                                  \
     extern "C" __global__ void tokens_collect_##type(const T* d, const unsigned* places, const unsigned* starts,       \
                                                      float* to, int width, int stride, float factor) {                 \
+        wait_for_earlier_kernels();                                                                                    \
         collect<T>(d, places, starts, to, width, stride, factor);                                                      \
     }                                                                                                                  \
     extern "C" __global__ void tokens_put_##type(const T* values, const unsigned* ids, T* logits, int count,           \
                                                  int width, int add) {                                                 \
+        wait_for_earlier_kernels();                                                                                    \
         put<T>(values, ids, logits, count, width, add);                                                                \
     }                                                                                                                  \
     extern "C" __global__ void tokens_take_##type(T* logits, const unsigned* ids, T* values, int count, int width) {   \
+        wait_for_earlier_kernels();                                                                                    \
         take<T>(logits, ids, values, count, width);                                                                    \
     }
 FOR(float, f32)

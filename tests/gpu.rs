@@ -253,6 +253,48 @@ fn training_in_8_bits_repeats_bit_for_bit_and_rounds_as_the_cpu_does() {
     }
 }
 
+/// The order of all accesses is the same whether kernels begin while the one before them ends or not, in graphs and
+/// launch by launch (inputs of layers on the host).
+#[test]
+fn kernels_that_begin_early_change_no_bit() {
+    let Some(gpu) = gpu() else { return };
+    for keep in [Keep::Everything, Keep::HostInputs] {
+        let run = |early: bool| {
+            // It changes nothing for other tests of this process.
+            Change::Early.set(early);
+            let found = losses(&decoder("llama3", &gpu, Precision::Bf16, 0.1), keep);
+            Change::Early.set(true);
+            found
+        };
+        assert_eq!(run(true), run(false), "{keep:?}");
+    }
+}
+
+/// Code for cards before 9.0 has no wait, so no kernel may begin early there. The fake driver ends the process if one
+/// does.
+#[test]
+fn cards_before_9_0_begin_no_kernel_early() {
+    if std::env::var_os("HONE_OLD_CARD").is_none() {
+        let itself = std::env::current_exe().unwrap();
+        let ran = std::process::Command::new(itself)
+            .args(["--exact", "cards_before_9_0_begin_no_kernel_early", "--nocapture"])
+            .env("HONE_OLD_CARD", "1")
+            .env("HONE_FAKE_GPU_CAPABILITY", "8.9")
+            .output()
+            .unwrap();
+        assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+        return;
+    }
+    let Some(gpu) = gpu() else { return };
+    if asked().is_none() {
+        return;
+    }
+    losses(&decoder("llama3", &gpu, Precision::Bf16, 0.0), Keep::Everything);
+    let asked = asked().unwrap();
+    assert_eq!((asked.early_launches, asked.early_edges), (0, 0));
+    assert!(asked.launches > 100 && asked.graph_launches > 0, "{asked:?}");
+}
+
 /// `hone_fake_gpu_statistics` of kernels/driver/statistics.h: the requests to the device since the program began.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -275,6 +317,8 @@ struct Asked {
     graphs: u64,
     graph_launches: u64,
     graph_bytes: u64,
+    early_launches: u64,
+    early_edges: u64,
 }
 
 /// `None` if the driver is a real one.
@@ -321,6 +365,8 @@ fn what_a_step_asks_of_the_device() {
         // norms' inputs and its sums. Thirteen around the layers. The lowest layer's first three linear layers need no
         // gradient of their input: one launch puts their pairs where three expand weights, and a norm is missing.
         ("launches", after.launches - before.launches, LAUNCHES),
+        // A card of 9.0 begins each while the one before it ends.
+        ("early launches", after.early_launches - before.early_launches, LAUNCHES),
         // Layers that read the same input have two products forward (A; base and B) and one backward, for the gradient
         // of their input. Two of the four inputs come from no norm: a product gives the gradient of A. The head has
         // two.
@@ -381,6 +427,7 @@ fn what_a_step_asks_of_the_device() {
     for (what, found, expected) in found {
         assert_eq!(found, expected, "{what} of a step with a graph");
     }
+    println!("edges {} {}", asked().unwrap().early_edges, asked().unwrap().graphs);
 }
 
 /// Launches of a step.
@@ -446,8 +493,9 @@ fn what_a_decoded_token_asks_of_the_device() {
     ];
     // A graph needs one launch and one wait. Its copies are not asked for by themselves. Three rows are filled up to
     // four.
-    let mut wrong = Vec::new();
+    let (mut wrong, mut edges) = (Vec::new(), Vec::new());
     for ((name, sequences, adapted), expected) in expected {
+        let before = asked().unwrap();
         let (decoder, _) = decoder(name, &gpu, Precision::Bf16, 0.0);
         assert_eq!(decoder.layers.len(), 2);
         let adapter = adapter::read(&model(name).parent().unwrap().join("final_adapter")).unwrap();
@@ -499,7 +547,12 @@ fn what_a_decoded_token_asks_of_the_device() {
         }
         let (graphs, bytes) = cache.replay().expect("there is one").size();
         assert_eq!(graphs, 1, "{name}");
-        assert!(bytes <= asked().unwrap().graph_bytes, "{name}: {bytes} bytes");
+        // Its tensors are those that the step before it made, so nothing stands between its kernels.
+        assert_eq!(asked().unwrap().graph_bytes, 0, "{name}: memory of graphs");
+        assert!((1..1 << 20).contains(&bytes), "{name}: {bytes} bytes");
+        edges.push((asked().unwrap().early_edges - before.early_edges, expected[0] - 1));
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    // Each kernel but the first, which follows copies, begins while the one before it ends.
+    assert!(edges.iter().all(|(found, expected)| found == expected), "{edges:?}");
 }

@@ -581,3 +581,34 @@ fn code_is_read_without_comments_and_texts() {
     let used: Vec<String> = used_from_the_root(&code(&file)).into_iter().collect();
     assert_eq!(used, ["alpha", "beta", "delta", "epsilon", "gamma"]);
 }
+
+/// A kernel that is launched before the one before it has ended must wait before it uses memory. Loads by the read-only
+/// cache are not bound by the wait (PTX ISA, "Scope and applicability" of the memory consistency model), so there are
+/// none, and no `__restrict__`, of which the compiler makes some.
+#[test]
+fn every_kernel_waits_first_for_the_kernels_before_it() {
+    const UNORDERED: [&str; 3] = ["__ldg", "__restrict__", "global.nc"];
+    let kernel = Regex::new(r"__global__[^{;]*\{[\s\\]*").unwrap();
+    let mut kernels = 0;
+    for entry in std::fs::read_dir("kernels").unwrap() {
+        let path = entry.unwrap().path();
+        if !path.extension().is_some_and(|extension| extension == "cu" || extension == "cuh") {
+            continue;
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        for word in UNORDERED {
+            assert!(!text.contains(word), "{}: {word} is not ordered behind the wait", path.display());
+        }
+        for found in kernel.find_iter(&text) {
+            let line = text[..found.start()].lines().count();
+            let is_first = text[found.end()..].starts_with("wait_for_earlier_kernels();");
+            assert!(
+                is_first,
+                "{}:{line}: expected wait_for_earlier_kernels() as the first statement",
+                path.display()
+            );
+            kernels += 1;
+        }
+    }
+    assert!(kernels >= 70, "{kernels} kernels and macros of kernels");
+}

@@ -384,21 +384,22 @@ fn serve(
                     Request { adapters: adapter.iter().copied().map(strength).collect(), ..request }
                 })
                 .collect();
-            // With steps recorded as graphs and without, in turn.
-            let mut sides = [Vec::new(), Vec::new()];
-            for on in (0..SERVE_RUNS).flat_map(|_| [false, true]) {
-                Change::Graphs.set(on);
+            // Without steps recorded as graphs, without kernels that begin early in these, and with both, in turn.
+            let mut sides = [Vec::new(), Vec::new(), Vec::new()];
+            for side in (0..SERVE_RUNS).flat_map(|_| [0, 1, 2]) {
+                let without = [Some(Change::Graphs), Some(Change::Early), None][side];
+                without.into_iter().for_each(|change| change.set(false));
                 let ran = generated(&engine, &requests);
-                Change::Graphs.set(true);
-                sides[usize::from(on)].push(ran?);
+                without.into_iter().for_each(|change| change.set(true));
+                sides[side].push(ran?);
             }
-            let [without, with] = sides.each_ref().map(|runs| rates(runs));
-            let [plain, runs] = &sides;
+            let [without, late, with] = sides.each_ref().map(|runs| rates(runs));
+            let [plain, _, runs] = &sides;
             found.push(json!({
                 "batch": batch, "adapters": name, "tokens_per_second": with[SERVE_RUNS / 2], "rates": with,
                 "seconds_to_first": runs[SERVE_RUNS / 2].first_seconds,
                 "launches_a_step": runs[SERVE_RUNS - 1].launches_a_step,
-                "rates_without_graphs": without, "launches_a_step_without_graphs": plain[0].launches_a_step,
+                "rates_without_early": late, "rates_without_graphs": without, "launches_a_step_without_graphs": plain[0].launches_a_step,
             }));
             write(&json!({ "contender": "hone", "load_seconds": load_seconds, "serving": &found }))?;
         }

@@ -120,7 +120,7 @@ int multiply_batch(void* handle, int m, int n, int k, const void* alpha, Matrix 
     const std::lock_guard<std::mutex> hold(lock);
     void* stream = static_cast<Handle*>(handle)->stream;
     const Scalars scalars(alpha, beta, compute);
-    RECORDED(stream, multiply_matrices(s, m, n, k, scalars.alpha(), a, a_stride, b, b_stride, scalars.beta(), c, c, c_stride, batch, compute));
+    RECORDED_AS(NodeKind::kernel, stream, multiply_matrices(s, m, n, k, scalars.alpha(), a, a_stride, b, b_stride, scalars.beta(), c, c, c_stride, batch, compute));
     return multiply_matrices(stream, m, n, k, alpha, a, a_stride, b, b_stride, beta, c, c, c_stride, batch, compute);
 }
 

@@ -225,5 +225,5 @@ API cublasLtMatmul(void*, void* description, const void* alpha, const void* a, v
         return multiply_matrices(s, m, n, length, scalars.alpha(), operands.a, 0, operands.b, 0, scalars.beta(), operands.c, operands.d, 0, 1,
                                  compute, scales);
     };
-    return is_captured(stream) ? record(stream, product) : product(stream);
+    return is_captured(stream) ? record(stream, product, NodeKind::kernel) : product(stream);
 }

@@ -158,6 +158,8 @@ struct Report {
         line("graphs", s.graphs);
         line("graph_launches", s.graph_launches);
         line("graph_bytes", s.graph_bytes);
+        line("early_launches", s.early_launches);
+        line("early_edges", s.early_edges);
         fprintf(file, "  \"kernels\": {");
         const char* separator = "\n";
         for (const emulator::Kernel& kernel : emulator::kernels()) {

@@ -96,11 +96,13 @@ void touch_arguments(void* stream, const emulator::Kernel& kernel, void** argume
 struct Shape {
     dim3 grid, size;
     unsigned dynamic_bytes;
+    bool begins_early;
 };
 
 int launch(emulator::Kernel& kernel, const Shape& shape, void* stream, void** arguments) {
     const Configuration& c = configuration();
     ++statistics.launches;
+    if (shape.begins_early) ++statistics.early_launches;
     if (c.idle) return success;
     begin(stream);
     touch_arguments(stream, kernel, arguments);
@@ -111,7 +113,8 @@ int launch(emulator::Kernel& kernel, const Shape& shape, void* stream, void** ar
     if (c.broken != nullptr && strcmp(c.broken, kernel.name) == 0) return success;
     emulator::Limits limits;
     limits.shared_bytes_a_block = shared_bytes_a_block();
-    switch (emulator::launch(kernel, shape.grid, shape.size, shape.dynamic_bytes, arguments, limits, c.order, c.host_threads)) {
+    switch (emulator::launch(kernel, shape.grid, shape.size, shape.dynamic_bytes, arguments, limits, c.order, c.host_threads,
+                             shape.begins_early)) {
         case emulator::Refusal::none: return success;
         case emulator::Refusal::invalid_value: return invalid_value;
         case emulator::Refusal::too_many_resources: return launch_out_of_resources;
@@ -134,6 +137,34 @@ struct Arguments {
         }
     }
 };
+
+int launch_or_record(void* function, const Shape& shape, void* stream, void** arguments) {
+    emulator::Kernel& kernel = *static_cast<emulator::Kernel*>(function);
+    if (!is_captured(stream)) return launch(kernel, shape, stream, arguments);
+    const auto kept = std::make_shared<Arguments>(kernel, arguments);
+    const NodeKind kind = shape.begins_early ? NodeKind::early_kernel : NodeKind::kernel;
+    return record(stream, [&kernel, shape, kept](void* s) { return launch(kernel, shape, s, kept->pointers.data()); }, kind);
+}
+
+// CUlaunchAttribute and CUlaunchConfig of cuda.h.
+struct LaunchAttribute {
+    int which;
+    char unused[4];
+    union {
+        int number;
+        char bytes[64];
+    };
+};
+struct LaunchConfiguration {
+    unsigned grid_x, grid_y, grid_z, size_x, size_y, size_z, dynamic_bytes;
+    void* stream;
+    const LaunchAttribute* attributes;
+    unsigned attribute_count;
+};
+
+// The code that a card runs is that of build.rs: from 9.0 on it has instructions that wait for the kernels before it.
+const int waits_from = 90;
+int virtual_architecture() { return configuration().capability_major >= 9 ? waits_from : 80; }
 
 }  // namespace
 
@@ -446,17 +477,29 @@ API cuFuncSetAttribute(void* function, int which, int value) {
 }
 API cuFuncGetAttribute(int* value, int which, void* function) {
     const emulator::Kernel& kernel = *static_cast<emulator::Kernel*>(function);
-    *value = which == 0 ? 1024 : which == 8 ? static_cast<int>(kernel.dynamic_bytes_max) : 0;
+    const int ptx_version = 5;
+    *value = which == 0 ? 1024 : which == 8 ? static_cast<int>(kernel.dynamic_bytes_max) : which == ptx_version ? virtual_architecture() : 0;
     return success;
 }
 API cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned size_x, unsigned size_y, unsigned size_z,
                    unsigned dynamic_bytes, void* stream, void** arguments, void**) {
     IN_CONTEXT;
-    emulator::Kernel& kernel = *static_cast<emulator::Kernel*>(function);
-    const Shape shape = {dim3(grid_x, grid_y, grid_z), dim3(size_x, size_y, size_z), dynamic_bytes};
-    if (!is_captured(stream)) return launch(kernel, shape, stream, arguments);
-    const auto kept = std::make_shared<Arguments>(kernel, arguments);
-    return record(stream, [&kernel, shape, kept](void* s) { return launch(kernel, shape, s, kept->pointers.data()); });
+    const Shape shape = {dim3(grid_x, grid_y, grid_z), dim3(size_x, size_y, size_z), dynamic_bytes, false};
+    return launch_or_record(function, shape, stream, arguments);
+}
+API cuLaunchKernelEx(const LaunchConfiguration* configuration, void* function, void** arguments, void**) {
+    IN_CONTEXT;
+    const LaunchConfiguration& c = *configuration;
+    const int programmatic_stream_serialization = 6;
+    bool begins_early = false;
+    for (unsigned i = 0; i < c.attribute_count; ++i) {
+        if (c.attributes[i].which != programmatic_stream_serialization) return not_supported;
+        begins_early = c.attributes[i].number != 0;
+    }
+    // A card that has no such instructions would begin the kernel too early, or refuse; the program must not rely on either.
+    if (begins_early && virtual_architecture() < waits_from) die("a kernel may begin early, but its code does not wait");
+    const Shape shape = {dim3(c.grid_x, c.grid_y, c.grid_z), dim3(c.size_x, c.size_y, c.size_z), c.dynamic_bytes, begins_early};
+    return launch_or_record(function, shape, c.stream, arguments);
 }
 
 // A matrix of bf16, which is all that hone's kernels copy by boxes; the rules are those of the driver's documentation.

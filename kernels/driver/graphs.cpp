@@ -43,6 +43,7 @@ struct Capture {
     std::set<Address> live;
     std::thread::id thread = std::this_thread::get_id();
     bool is_valid = true;
+    NodeKind last = NodeKind::other;
 };
 
 struct Graph {
@@ -109,6 +110,7 @@ int run(Recorded& recorded, void* stream) {
     }
     running = nullptr;
     statistics.launches = before.launches;
+    statistics.early_launches = before.early_launches;
     statistics.products = before.products;
     statistics.fills = before.fills;
     statistics.device_to_host_copies = before.device_to_host_copies;
@@ -127,11 +129,13 @@ bool captures() {
     return std::any_of(captured().begin(), captured().end(), [](const auto& one) { return one.second.thread == std::this_thread::get_id(); });
 }
 
-int record(const void* stream, Node node) {
+int record(const void* stream, Node node, NodeKind kind) {
     Capture& capture = captured().at(stream);
     if (!capture.is_valid) return capture_invalidated;
     if (capture.thread != std::this_thread::get_id()) die("a thread asks something of a stream that another thread captures");
     capture.recorded->nodes.push_back(std::move(node));
+    if (kind == NodeKind::early_kernel && capture.last != NodeKind::other) ++statistics.early_edges;
+    capture.last = kind;
     return success;
 }
 

@@ -13,8 +13,12 @@ typedef std::function<int(void* stream)> Node;
 bool is_captured(const void* stream);
 bool captures();
 
-// The answer to a call on a captured stream that becomes a node.
-int record(const void* stream, Node node);
+// What a node is for the edge that leads to the next one.
+enum class NodeKind { other, kernel, early_kernel };
+
+// The answer to a call on a captured stream that becomes a node. An edge lets a kernel begin early if both of its nodes are kernels
+// (CUDA Driver API, "CUgraphDependencyType"): memory that is allocated or freed between two kernels keeps them apart.
+int record(const void* stream, Node node, NodeKind kind = NodeKind::other);
 // The same for memory. Its address is fixed, and it can be used between these two nodes alone.
 int record_allocation(const void* stream, Address* address, size_t bytes);
 int record_release(const void* stream, Address address);
@@ -32,8 +36,9 @@ uint64_t graph_bytes();
 }  // namespace fake
 
 // A captured stream records the call; the work may use `s`, the stream that launches the graph.
-#define RECORDED(stream, work) \
-    if (is_captured(stream)) return record(stream, [=](void* s) -> int { return work; })
+#define RECORDED_AS(kind, stream, work) \
+    if (is_captured(stream)) return record(stream, [=](void* s) -> int { return work; }, kind)
+#define RECORDED(stream, work) RECORDED_AS(NodeKind::other, stream, work)
 // A captured stream, or a thread that captures one, may not make this call.
 #define NOT_CAPTURED(stream) \
     if (is_captured(stream)) return refuse(stream)

@@ -28,4 +28,6 @@ struct hone_fake_gpu_statistics {
     uint64_t graphs; /* instantiated */
     uint64_t graph_launches; /* what a graph does is not counted above, but for its bytes */
     uint64_t graph_bytes; /* most that graphs have reserved; not among live_bytes */
+    uint64_t early_launches; /* of `launches`: kernels that may begin while the one before them ends */
+    uint64_t early_edges; /* recorded in graphs: such kernels behind another kernel, with no other node between */
 };

@@ -233,6 +233,7 @@ void wait_for_phase(uint64_t* at, uint32_t parity, bool patient, const Site* sit
 }
 
 void load_box(void* to, const TensorMap* map, uint64_t* at, int x, int y) {
+    check_waited("copies a box of global memory");
     PhaseBarrier& barrier = phases_at(at);
     Transfer transfer = {};
     memcpy(&transfer.map, map->bytes, sizeof transfer.map);

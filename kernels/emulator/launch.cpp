@@ -46,6 +46,7 @@ struct Work {
     size_t dynamic_bytes, shared_bytes_max;
     void** arguments;
     int order;
+    bool begins_early;
     uint64_t blocks;
     uint32_t serial;
     std::vector<unsigned> sequence;
@@ -69,6 +70,7 @@ void run_blocks(Work& work) {
     running.dynamic_bytes = work.dynamic_bytes;
     running.launch = work.serial;
     running.order = work.order;
+    running.begins_early = work.begins_early;
     running.threads.resize(work.sequence.size());
     for (unsigned i = 0; i < running.threads.size(); ++i) {
         running.threads[i].index = index_of(i, work.size);
@@ -155,7 +157,7 @@ Kernel* find_kernel(const char* name) {
 }
 
 Refusal launch(Kernel& kernel, dim3 grid, dim3 size, size_t dynamic_bytes, void** arguments, const Limits& limits, int order,
-               unsigned host_threads) {
+               unsigned host_threads, bool begins_early) {
     const uint64_t threads = static_cast<uint64_t>(size.x) * size.y * size.z;
     if (threads == 0 || threads > 1024 || size.z > 64) return Refusal::invalid_value;
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return Refusal::invalid_value;
@@ -169,6 +171,7 @@ Refusal launch(Kernel& kernel, dim3 grid, dim3 size, size_t dynamic_bytes, void*
     work.dynamic_bytes = dynamic_bytes;
     work.arguments = arguments;
     work.order = order;
+    work.begins_early = begins_early;
     work.blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
     static std::atomic<uint32_t> launches{0};
     work.serial = ++launches;

@@ -39,9 +39,10 @@ std::vector<Kernel>& kernels();
 Kernel* find_kernel(const char* name);
 
 // Runs every block. `order` applies to blocks and to the threads within one: 0 forwards, 1 backwards, from 2 on
-// shuffled by that seed. Independent blocks run on `host_threads` threads of the host.
+// shuffled by that seed. Independent blocks run on `host_threads` threads of the host. A kernel that `begins_early`
+// may begin beside the one before it on a device, so each of its threads must wait before it uses global memory.
 Refusal launch(Kernel& kernel, dim3 grid, dim3 size, size_t dynamic_bytes, void** arguments, const Limits& limits, int order,
-               unsigned host_threads);
+               unsigned host_threads, bool begins_early = false);
 
 template <class... Arguments, size_t... i>
 void call_with(void (*kernel)(Arguments...), void** arguments, std::index_sequence<i...>) {

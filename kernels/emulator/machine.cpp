@@ -166,6 +166,7 @@ void run_threads() {
     for (;;) {
         thread->state = State::ready;
         s.call(s.arguments);
+        check_waited("returns");
         thread->state = State::done;
         --s.live;
         if (s.at_barrier > 0) die("the thread returns, but others of its block wait at a barrier");
@@ -196,6 +197,7 @@ void run_block(Block& running, const std::vector<unsigned>& sequence, void (*cal
         t.fiber = nullptr;
         t.copies.clear();
         t.group = 0;
+        t.waited = false;
         t.barriers = t.warp_syncs = 0;
     }
     const size_t n = running.threads.size();
@@ -270,6 +272,10 @@ void order_warp(void* const operands[32]) {
         if (operands[i] != nullptr) thread = static_cast<Thread*>(operands[i]), acquire_order(known);
     }
     thread = running;
+}
+
+void check_waited(const char* what) {
+    if (block->begins_early && !thread->waited) die("the thread %s before wait_for_earlier_kernels", what);
 }
 
 void* shared_array(const void* key, size_t bytes) {

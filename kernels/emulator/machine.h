@@ -46,6 +46,7 @@ struct Thread {
     Fiber* fiber;
     std::vector<Copy> copies;
     unsigned group;        // cp.async groups committed so far
+    bool waited;           // for the kernels before its own
     // The race detector's time: the number of barriers passed, and a clock that each __syncwarp sets beyond those
     // of its lanes.
     uint32_t barriers, warp_syncs;
@@ -124,6 +125,7 @@ struct Block {
     dim3 grid, size;
     uint3 index;
     const char* kernel;
+    bool begins_early;       // it may run beside the kernels before it, until it waits for them
     uint32_t launch, serial; // counts over all launches and over all blocks, both from 1
     size_t dynamic_bytes;
     std::vector<Thread> threads;
@@ -169,6 +171,11 @@ void order_warp(void* const operands[32]);
 
 // Waits for the lanes of `mask`, then `operation` runs once over their operands.
 void collective(uint32_t mask, Operation operation, void* operand, const Site* site);
+
+// Orders the kernels before this one before what the running thread does from here on.
+inline void wait_for_earlier_kernels() { thread->waited = true; }
+// Ends the process if the running thread uses global memory, or returns, before it has waited.
+void check_waited(const char* what);
 
 // The block's array for this declaration: the same bytes for all its threads, all of them 0xff (NaN) when the block
 // starts.

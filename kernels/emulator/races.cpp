@@ -4,10 +4,12 @@
 // instead of the sanitizer's own library, because it knows what a block is. Two accesses of one byte by two
 // threads, one of them a write, are a race unless a __syncthreads lies between them, or a __syncwarp if both
 // threads are of one warp. Between two blocks they are always a race. Shuffles, votes and matrix loads order no
-// memory, so they do not count. A barrier with phases, or with a number, orders what its threads did before their arrival
-// before what others do after their wait. Copies of boxes and products of warpgroups are no accesses here. Atomics are left
-// out. The check is exact for one run: every reported race is one. Races on paths not taken, or hidden behind a later access of the same byte by the same thread, are not seen. Only
-// `kernels/driver/build DEST --races` builds it in; it runs all blocks on one host thread.
+// memory, so they do not count. A barrier with phases, or with a number, orders what its threads did before their
+// arrival before what others do after their wait. A kernel that begins early may not use global memory before it has
+// waited for the kernels before it. Copies of boxes and products of warpgroups are no accesses here. Atomics are left
+// out. The check is exact for one run: every reported race is one. Races on paths not taken, or hidden behind a later
+// access of the same byte by the same thread, are not seen. Only `kernels/driver/build DEST --races` builds it in; it
+// runs all blocks on one host thread.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -126,6 +128,7 @@ void touch(uint64_t address, size_t bytes, bool writes, const void* code) {
     const bool shared = is_shared(reinterpret_cast<const void*>(address), 1);
     if (shared && writes && !block->phases.empty()) written()[address / 16] = {block->serial, thread->linear};
     if (!shared && (is_global == nullptr || !is_global(address))) return;
+    if (!shared) check_waited(writes ? "writes to global memory" : "reads global memory");
     // Shared memory of another block is other memory at the same address, so its time begins anew.
     const uint32_t linear = (block->index.z * block->grid.y + block->index.y) * block->grid.x + block->index.x;
     const Access now = {shared ? block->serial : block->launch, linear, thread->barriers, thread->warp_syncs, thread->linear, thread->known[thread->linear],

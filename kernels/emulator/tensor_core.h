@@ -98,6 +98,7 @@ void load_fragment(uint32_t (&fragment)[matrices], const void* row, bool transpo
 }
 
 inline void start_copy(void* to, const void* from, bool inside) {
+    check_waited("copies global memory");
     check_aligned(to, "cp.async to shared memory");
     check_aligned(from, "cp.async from global memory");
     if (!is_shared(to, 16)) die("cp.async: the destination is not in the block's shared memory");

@@ -110,6 +110,7 @@ struct SyncWarp {
 template <class T, class Change>
 T atomically(T* address, Change change) {
     typedef typename std::conditional<sizeof(T) == 8, uint64_t, typename std::conditional<sizeof(T) == 4, uint32_t, uint16_t>::type>::type Bits;
+    if (!is_shared(address, sizeof *address)) check_waited("changes global memory");
     Bits* place = reinterpret_cast<Bits*>(address);
     Bits old = __atomic_load_n(place, __ATOMIC_RELAXED), wanted;
     do {

@@ -35,7 +35,8 @@ impl Replay {
         Ok(Replay {
             of: embedding,
             inputs: Inputs::new(device, dtype, filled::input_bytes(facts, rows))?,
-            graphs: Graphs::new(filled::GRAPHS_BYTES),
+            // A step is done once more with its own tensors before its graph is there.
+            graphs: Graphs::new(filled::GRAPHS_BYTES - filled::KEPT_BYTES).of_kernels(filled::KEPT_BYTES),
             logits: unwritten((rows, facts.vocab), DType::F32, device)?,
             tokens: unwritten(rows, DType::U32, device)?,
             brought: Words::new(device.as_cuda_device()?, rows)?,

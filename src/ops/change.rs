@@ -43,11 +43,13 @@ pub enum Change {
     Graphs,
     /// The same for training's passes, which are filled up to few shapes.
     Steps,
+    /// Kernels begin while the one before them ends, on cards of capability 9.0 and later.
+    Early,
 }
 
 impl Change {
     /// All changes.
-    pub const ALL: [Change; 15] = [
+    pub const ALL: [Change; 16] = [
         Change::Onto,
         Change::Algorithms,
         Change::Functions,
@@ -63,6 +65,7 @@ impl Change {
         Change::Normed,
         Change::Graphs,
         Change::Steps,
+        Change::Early,
     ];
 
     /// The name that the variable has for it.
@@ -83,6 +86,7 @@ impl Change {
             Change::Normed => "normed",
             Change::Graphs => "graphs",
             Change::Steps => "steps",
+            Change::Early => "early",
         }
     }
 

@@ -54,11 +54,20 @@ use candle_core::{DType, Device, Error, Result, Shape, Tensor};
 pub fn unwritten(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
     #[cfg(test)]
     starve::check()?;
-    match device {
-        Device::Cpu => Tensor::zeros(shape, dtype, device),
-        // SAFETY: any bits in device memory are numbers, and the caller writes all of them before it reads.
-        _ => unsafe { Tensor::empty(shape, dtype, device) },
+    if device.is_cpu() {
+        return Tensor::zeros(shape, dtype, device);
     }
+    placed(&shape.into(), dtype, |shape: &Shape| {
+        // SAFETY: any bits in device memory are numbers, and the caller writes all of them before it reads.
+        unsafe { Tensor::empty(shape, dtype, device) }
+    })
+}
+
+#[cfg(feature = "cuda")]
+use cuda::graph::tensor as placed;
+#[cfg(not(feature = "cuda"))]
+fn placed(shape: &Shape, _: DType, make: impl FnOnce(&Shape) -> Result<Tensor>) -> Result<Tensor> {
+    make(shape)
 }
 
 /// A tensor in host memory -> the same on `device`.

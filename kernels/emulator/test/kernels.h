@@ -98,6 +98,19 @@ extern "C" __global__ void dynamic(float* x) {
     x[threadIdx.x] = values[threadIdx.x ^ 1];
 }
 
+// A kernel that begins early, and uses global memory, returns or copies before it has waited.
+extern "C" __global__ void early(float* x, int fault) {
+    SHARED_DYN(float, values);
+    float before = 0.f;
+    if (fault == 1 && threadIdx.x == 7) return;
+    if (fault == 2) before = *static_cast<volatile float*>(x + threadIdx.x % 8);
+    if (fault == 3 && threadIdx.x == 0) *static_cast<volatile float*>(x) = 1.f;
+    if (fault == 4 && threadIdx.x == 0) cp_async_16(values, x), cp_async_commit(), cp_async_wait<0>();
+    if (fault == 5 && threadIdx.x == 0) atomicAdd(x, 1.f);
+    wait_for_earlier_kernels();
+    if (threadIdx.x < 8) x[threadIdx.x] = 2.f + 0.f * before;
+}
+
 extern "C" __global__ void unaligned(const unsigned char* x, uint4* y, int offset) {
     y[threadIdx.x] = *reinterpret_cast<const uint4*>(x + 16 * threadIdx.x + offset);
 }

@@ -25,6 +25,7 @@ EMULATED_KERNEL(multiply);
 EMULATED_KERNEL(transpose);
 EMULATED_KERNEL(blocks);
 EMULATED_KERNEL(dynamic);
+EMULATED_KERNEL(early);
 EMULATED_KERNEL(unaligned);
 EMULATED_KERNEL(boxes_64);
 EMULATED_KERNEL(boxes_32);
@@ -43,12 +44,16 @@ const Build build = plain;
 int failures;
 
 // Memory that the race detector treats as the device's.
-float global[8];
+alignas(16) float global[8];
+
+// Whether the next launches begin early.
+bool begins_early = false;
 
 template <class... Arguments>
 emulator::Refusal launch(const char* name, unsigned grid, unsigned threads, size_t dynamic_bytes, int order, Arguments... arguments) {
     void* pointers[] = {&arguments...};
-    return emulator::launch(*emulator::find_kernel(name), dim3(grid), dim3(threads), dynamic_bytes, pointers, emulator::Limits(), order, 2);
+    return emulator::launch(*emulator::find_kernel(name), dim3(grid), dim3(threads), dynamic_bytes, pointers, emulator::Limits(), order, 2,
+                            begins_early);
 }
 
 // The end of the process, and what it wrote to standard error.
@@ -180,6 +185,13 @@ bool boxes(int order, int columns, int across, int fault) {
     return true;
 }
 
+// A process has one case, so what it sets is not set back.
+bool early(int order, int fault) {
+    begins_early = true;
+    launch("early", 2, 64, 16, order, global, fault);
+    return global[0] == 2.f && global[7] == 2.f;
+}
+
 bool aligned(int order, int offset) {
     alignas(16) static unsigned char x[600];
     std::vector<uint4> y(32);
@@ -240,6 +252,19 @@ int main() {
     faulty("shared memory shorter than its use", sanitized, "heap-buffer-overflow", [](int order) {
         std::vector<float> x(1024);
         return launch("dynamic", 1, 1024, 1024, order, x.data()) == emulator::Refusal::none;
+    });
+
+    // Two blocks write one place, which only the race detector has a word about.
+    if (build != races) right("a kernel that waits first", [](int order) { return early(order, 0); });
+    faulty("a thread that returns before the wait", any, "thread (7, 0, 0): the thread returns before wait_for_earlier_kernels",
+           [](int order) { return early(order, 1); });
+    faulty("a read before the wait", races, "reads global memory before wait", [](int order) { return early(order, 2); });
+    faulty("a write before the wait", races, "writes to global memory before wait", [](int order) { return early(order, 3); });
+    faulty("a copy before the wait", any, "copies global memory before wait", [](int order) { return early(order, 4); });
+    faulty("an atomic before the wait", any, "changes global memory before wait", [](int order) { return early(order, 5); });
+    faulty("a box before the wait", any, "copies a box of global memory before wait", [](int order) {
+        begins_early = true;
+        return boxes(order, 64, 0, 0);
     });
 
     for (int columns : {64, 32}) {

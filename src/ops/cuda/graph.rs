@@ -3,15 +3,21 @@
 //! While a stream is captured nothing runs. Launches are recorded with their arguments, so everything that differs from
 //! step to step lies in memory at a fixed address (`inputs`). Tensors that are made and dropped within the capture are
 //! memory of the graph. The rest must exist before and outlive the graph.
+//!
+//! Memory that a graph takes and frees stands between its kernels, and only kernels that follow each other directly may
+//! begin early (`launch`). So a short step leaves the tensors that it made to its recording: they belong to the graph's
+//! owner, each has its own place, and the graph is kernels alone.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, sys};
-use candle_core::{CudaDevice, Result, bail};
+use candle_core::{CudaDevice, DType, Result, Shape, Tensor, bail};
+
+use crate::ops::change::Change;
 
 /// Recorded work.
 pub struct Graph {
@@ -20,6 +26,10 @@ pub struct Graph {
     bytes: u64,
     /// The workspace of the graph's products by cublasLt.
     workspace: u64,
+    /// Its kernels may begin while the one before them ends.
+    early: bool,
+    /// The tensors that it uses beside its own.
+    kept: Vec<Tensor>,
 }
 
 // SAFETY: the driver takes a graph's handles from any thread. They are used through exclusive owners only, one thread
@@ -29,6 +39,58 @@ unsafe impl Send for Graph {}
 thread_local! {
     /// Whether this thread captures its stream.
     static CAPTURING: Cell<bool> = const { Cell::new(false) };
+    /// Whether kernels that it records may begin early.
+    static EARLY: Cell<bool> = const { Cell::new(true) };
+}
+
+/// Where tensors come from that this thread makes and writes.
+enum Memory {
+    /// Each is made anew.
+    Own,
+    /// The same, and they stay for the recording that follows, if all together have at most so many bytes.
+    Stays { tensors: Vec<Tensor>, bytes: u64, bytes_max: u64 },
+    /// They are those that stayed, in the same order.
+    Stayed(std::vec::IntoIter<Tensor>),
+}
+
+thread_local! {
+    static MEMORY: RefCell<Memory> = const { RefCell::new(Memory::Own) };
+}
+
+/// Returns a tensor whose elements are written before they are read: one that `make` makes, or in a recording the one
+/// of the step before it.
+pub fn tensor(shape: &Shape, dtype: DType, make: impl FnOnce(&Shape) -> Result<Tensor>) -> Result<Tensor> {
+    MEMORY.with_borrow_mut(|memory| match memory {
+        Memory::Own => make(shape),
+        Memory::Stays { tensors, bytes, bytes_max } => {
+            let tensor = make(shape)?;
+            *bytes += (shape.elem_count() * dtype.size_in_bytes()) as u64;
+            match bytes <= bytes_max {
+                true => tensors.push(tensor.clone()),
+                false => *memory = Memory::Own,
+            }
+            Ok(tensor)
+        }
+        Memory::Stayed(tensors) => match tensors.next() {
+            Some(tensor) if tensor.shape() == shape && tensor.dtype() == dtype => Ok(tensor),
+            found => {
+                let found = found.map(|tensor| (tensor.shape().clone(), tensor.dtype()));
+                bail!("a recorded step makes {shape:?} in {dtype:?}, the step before it made {found:?}")
+            }
+        },
+    })
+}
+
+/// Does `work`, and returns the tensors that it made if they have at most so many bytes.
+fn done_with(bytes_max: u64, work: impl Fn() -> Result<()>) -> Result<Option<Vec<Tensor>>> {
+    MEMORY.set(Memory::Stays { tensors: Vec::new(), bytes: 0, bytes_max });
+    let done = work();
+    let memory = MEMORY.replace(Memory::Own);
+    done?;
+    Ok(match memory {
+        Memory::Stays { tensors, .. } => Some(tensors),
+        _ => None,
+    })
 }
 
 /// Held while a stream is captured, and by other threads that ask something of it.
@@ -43,6 +105,11 @@ pub fn apart() -> MutexGuard<'static, ()> {
 /// Returns whether what this thread asks of the device is recorded and not done.
 pub fn is_capturing() -> bool {
     CAPTURING.get()
+}
+
+/// Returns whether a kernel that this thread launches may begin while the one before it ends, if the card can do that.
+pub(super) fn may_begin_early() -> bool {
+    Change::Early.is_on() && (EARLY.get() || !is_capturing())
 }
 
 /// Records what `work` asks of the device. Every tensor that it makes is dropped when it returns.
@@ -66,7 +133,35 @@ pub fn capture(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result
     // The graph takes its memory now, where a lack of it is no failure of a step.
     graph.upload().w()?;
     let bytes = free.saturating_sub(super::device::memory(device)?.0) as u64;
-    Ok(Graph { graph, bytes, workspace: super::lt::workspace() })
+    let (workspace, early) = (super::lt::workspace(), Change::Early.is_on());
+    Ok(Graph { graph, bytes, workspace, early, kept: Vec::new() })
+}
+
+/// `capture` with the tensors that the step before it made, if it left them. A driver that refuses kernels that begin
+/// early is asked for a graph of plain ones, which costs only the time between them; `early` is false then.
+fn captured(
+    early: &mut bool,
+    device: &CudaDevice,
+    kept: &[Tensor],
+    work: impl Fn() -> Result<()>,
+) -> Result<Graph> {
+    let with = |early: bool| {
+        let before = EARLY.replace(early);
+        if !kept.is_empty() {
+            MEMORY.set(Memory::Stayed(kept.to_vec().into_iter()));
+        }
+        let captured = capture(device, &work);
+        MEMORY.set(Memory::Own);
+        EARLY.set(before);
+        captured.map(|graph| graph.keeping(kept))
+    };
+    let first = with(*early);
+    if first.is_ok() || !*early || !Change::Early.is_on() {
+        return first;
+    }
+    let plain = with(false)?;
+    *early = false;
+    Ok(plain)
 }
 
 impl Graph {
@@ -76,9 +171,14 @@ impl Graph {
         self.graph.launch().w()
     }
 
-    /// Returns whether the memory that its products work in is still there.
+    fn keeping(self, kept: &[Tensor]) -> Graph {
+        let bytes = |tensor: &Tensor| (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64;
+        Graph { bytes: self.bytes + kept.iter().map(bytes).sum::<u64>(), kept: kept.to_vec(), ..self }
+    }
+
+    /// Returns whether the memory that its products work in is still there, and its kernels begin as they would now.
     fn is_whole(&self) -> bool {
-        self.workspace == super::lt::workspace()
+        self.workspace == super::lt::workspace() && self.early == Change::Early.is_on()
     }
 }
 
@@ -87,6 +187,10 @@ pub struct Graphs<K> {
     known: HashMap<K, Known>,
     clock: u64,
     bytes_max: u64,
+    /// Most bytes of tensors that a step leaves to its recording; 0: none.
+    kept_max: u64,
+    /// Kernels begin early in graphs: the driver has not refused that.
+    early: bool,
     refusal: Option<String>,
 }
 
@@ -104,7 +208,13 @@ const SHAPES_MAX: usize = 1024;
 impl<K: Clone + Eq + Hash> Graphs<K> {
     /// No graph. They keep to so many bytes.
     pub fn new(bytes_max: u64) -> Graphs<K> {
-        Graphs { known: HashMap::new(), clock: 0, bytes_max, refusal: None }
+        Graphs { known: HashMap::new(), clock: 0, bytes_max, kept_max: 0, early: true, refusal: None }
+    }
+
+    /// The same, for steps that leave their tensors to the recording if these have at most so many bytes. Such a step
+    /// is done launch by launch twice: the second time makes the tensors.
+    pub fn of_kernels(self, kept_max: u64) -> Graphs<K> {
+        Graphs { kept_max, ..self }
     }
 
     /// Does `work`, whose launches depend on `key` alone: by itself at the first time, by its graph later. If the
@@ -126,16 +236,21 @@ impl<K: Clone + Eq + Hash> Graphs<K> {
             return graph.launch();
         }
         known.graph = None;
-        match capture(device, &work) {
+        let is_done = self.kept_max > 0;
+        let kept = if is_done { done_with(self.kept_max, &work)?.unwrap_or_default() } else { Vec::new() };
+        match captured(&mut self.early, device, &kept, &work) {
             Ok(graph) => {
-                graph.launch()?;
+                if !is_done {
+                    graph.launch()?;
+                }
                 known.graph = Some(graph);
                 self.make_room(device)
             }
             Err(error) => {
+                drop(kept);
                 self.clear(device)?;
                 self.refusal = Some(error.to_string());
-                work()
+                if is_done { Ok(()) } else { work() }
             }
         }
     }
@@ -243,6 +358,68 @@ mod tests {
             assert_eq!(graphs.refusal().is_some(), round > 1);
         }
         assert_eq!(graphs.size().0, 0);
+        Ok(())
+    }
+
+    /// The second use makes the tensors, the third one launches. What has too many bytes stays the graph's.
+    #[test]
+    fn a_recording_uses_the_tensors_of_the_step_before_it() -> Result<()> {
+        let Some(device) = own_gpu() else { return Ok(()) };
+        let cuda = device.as_cuda_device()?;
+        let (x, y) = (Tensor::new(&[1f32, 2., 3., 4.], &device)?, Tensor::zeros(4, DType::F32, &device)?);
+        for (bytes_max, kept) in [(1 << 10, 2), (31, 0)] {
+            super::super::copy(&Tensor::zeros(4, DType::F32, &device)?, &y)?;
+            let mut graphs = Graphs::new(u64::MAX).of_kernels(bytes_max);
+            for round in 1..=4 {
+                graphs.run(&0, cuda, || {
+                    let (copy, again) =
+                        (unwritten(4, DType::F32, &device)?, unwritten((2, 2), DType::F32, &device)?);
+                    super::super::copy(&x, &copy)?;
+                    super::super::copy(&copy, &again)?;
+                    rows::add(&y, &again.flatten_all()?)
+                })?;
+                let sum = [1f32, 2., 3., 4.].map(|value| value * round as f32);
+                assert_eq!(values(&y)?, sum, "{kept} kept, round {round}");
+                let graph = graphs.known[&0].graph.as_ref();
+                assert_eq!(graph.map(|graph| graph.kept.len()), (round > 1).then_some(kept));
+            }
+        }
+        Ok(())
+    }
+
+    /// A recording that makes other tensors than the step before it is none, and the step is done all the same.
+    #[test]
+    fn a_recording_makes_the_tensors_of_the_step_before_it() -> Result<()> {
+        let Some(device) = own_gpu() else { return Ok(()) };
+        let cuda = device.as_cuda_device()?;
+        let (y, one) = (Tensor::zeros(1, DType::F32, &device)?, Tensor::new(&[1f32], &device)?);
+        let mut graphs = Graphs::new(u64::MAX).of_kernels(1 << 10);
+        for round in 1..=3 {
+            graphs.run(&0, cuda, || {
+                drop(unwritten(if is_capturing() { 2 } else { 1 }, DType::F32, &device)?);
+                rows::add(&y, &one)
+            })?;
+            assert_eq!(values(&y)?, [round as f32]);
+        }
+        assert!(graphs.refusal().is_some_and(|why| why.contains("the step before it made")));
+        Ok(())
+    }
+
+    #[test]
+    fn a_driver_that_refuses_kernels_that_begin_early_gets_plain_ones() -> Result<()> {
+        let Some(device) = own_gpu() else { return Ok(()) };
+        let cuda = device.as_cuda_device()?;
+        let (y, one) = (Tensor::zeros(1, DType::F32, &device)?, Tensor::new(&[1f32], &device)?);
+        let mut graphs = Graphs::new(u64::MAX);
+        for round in 1..=3 {
+            graphs.run(&0, cuda, || match is_capturing() && may_begin_early() {
+                true => bail!("no such edge"),
+                false => rows::add(&y, &one),
+            })?;
+            assert_eq!(values(&y)?, [round as f32]);
+        }
+        assert!(graphs.refusal().is_none() && !graphs.early && may_begin_early());
+        assert_eq!(graphs.size().0, 1);
         Ok(())
     }
 

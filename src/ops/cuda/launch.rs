@@ -1,5 +1,38 @@
 //! One kernel launch: finds the function by its name, checks the parameters against its signature, and starts the
 //! grid.
+//!
+//! # Kernels that begin early
+//! On cards of compute capability 9.0 and later a kernel is launched with programmatic stream serialization: its blocks
+//! may be placed while the kernel before it ends, so that most of the time between two kernels is gone. Every kernel
+//! begins with `wait_for_earlier_kernels` (kernels/common.cuh), before it uses any global memory. Its results have the
+//! same bits, because the order of all accesses is that without the attribute:
+//!
+//! - Between kernels of this crate: the wait ends when the kernel before has ended and its writes are visible (PTX ISA,
+//!   `griddepcontrol.wait`). That one had waited for the one before it with all of its threads, so the order holds for
+//!   all earlier kernels too. A buffer that is freed and taken again in between is used in this order as well. An empty
+//!   grid is no launch.
+//! - A kernel behind one of a library: it may begin when the blocks of that one have ended or allow it, and waits for
+//!   its end in the same way. If a library kernel itself begins before its predecessor ends, it has to wait for that to
+//!   read its operands, which are results of this stream, so its end still comes after all earlier ones.
+//! - A library's kernel, a copy, a fill, a free or an event behind a kernel: the attribute is one of the launch that
+//!   may begin early. All other work of a stream begins after the end of what was queued before, as ever. So do other
+//!   streams that wait for an event, and the host.
+//! - A kernel behind a copy, a fill or the wait for an event of another stream (side copies, sums of ranks): only the
+//!   order behind a kernel may be relaxed ("overlap with the previous kernel in the stream", CUDA Driver API,
+//!   `CUlaunchAttributeID`), so it begins after these.
+//! - In a graph, the attribute makes the edge between two kernels programmatic (CUDA 12.3). Other edges stay as they
+//!   are, also those to and from memory that the graph takes or frees. The graph as a whole begins and ends in the
+//!   order of the stream.
+//!
+//! No kernel here reads what another block of its own grid writes, is launched as a cluster, or needs all of its blocks
+//! at once, so blocks that wait hold up nobody: the next kernel is let in when all blocks of this one are running.
+//!
+//! The wait orders what the memory model of PTX orders. Loads by the read-only cache (`__ldg`, `__restrict__`) are not
+//! among that, so kernels have none; tests/structure.rs reads them for that, and for the call at their beginning.
+//!
+//! The attribute must never meet code without the wait. So the driver is asked for each function: code is compiled
+//! with the wait if its virtual architecture is 9.0 or later, also if the driver has compiled it from PTX for a
+//! card that came later.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -9,7 +42,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::{CudaFunction, result, sys};
+use candle_core::cuda_backend::cudarc::driver::{CudaFunction, sys};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 
@@ -55,6 +88,8 @@ struct Function {
     context: usize,
     function: CudaFunction,
     sizes: Option<Vec<usize>>,
+    /// It waits for the kernels before it, so it may begin before they end.
+    waits: bool,
     /// Bytes of shared memory that a block may take.
     shared_bytes: AtomicUsize,
 }
@@ -228,20 +263,28 @@ impl<'a> Launch<'a> {
                 _ => (&raw mut parameter.bits).cast(),
             };
         }
-        let grid = (grid.0 as u32, grid.1 as u32, grid.2 as u32);
+        let mut attributes = [begin_early()];
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid.0 as u32,
+            gridDimY: grid.1 as u32,
+            gridDimZ: grid.2 as u32,
+            blockDimX: threads as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared_bytes as u32,
+            hStream: stream.cu_stream(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: u32::from(function.waits && super::graph::may_begin_early()),
+        };
+        let pointers = pointers.as_mut_ptr();
         // SAFETY: the number and the sizes of the parameters were compared with the kernel's own. The tensors
         // behind the addresses were alive when these were taken and are freed in stream order. The tests of every
         // operation show, on the emulator with address checks, that each kernel stays inside its tensors.
+        // A kernel that may begin early waits before it uses memory (above).
         unsafe {
-            result::launch_kernel(
-                function.function.cu_function(),
-                grid,
-                (threads as u32, 1, 1),
-                shared_bytes as u32,
-                stream.cu_stream(),
-                &mut pointers[..self.parameters.len()],
-            )
+            sys::cuLaunchKernelEx(&config, function.function.cu_function(), pointers, std::ptr::null_mut())
         }
+        .result()
         .map_err(|error| candle_core::Error::Msg(format!("{function}: {error}")))
     }
 }
@@ -338,6 +381,7 @@ fn load(device: &CudaDevice, stem: &str, name: &str, suffix: &'static str) -> Re
         suffix,
         context: context.cu_ctx() as usize,
         sizes: parameter_sizes(&function),
+        waits: waits(&function, context.compute_capability().w()?)?,
         function,
         shared_bytes: AtomicUsize::new(SHARED_BYTES),
     };
@@ -345,6 +389,24 @@ fn load(device: &CudaDevice, stem: &str, name: &str, suffix: &'static str) -> Re
     let function: &'static Function = Box::leak(Box::new(function));
     functions.insert(whole, function);
     Ok(function)
+}
+
+/// The attribute of a launch that may begin while the kernel before it ends.
+fn begin_early() -> sys::CUlaunchAttribute {
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    }
+}
+
+/// Returns whether the card can let the kernel begin early, and its code was compiled with the wait
+/// (`__CUDA_ARCH__ >= 900`). The driver of CUDA 13 that `device::open` asks for knows the attribute, in graphs too.
+fn waits(function: &CudaFunction, capability: (i32, i32)) -> Result<bool> {
+    /// Version 9.0 of the virtual architecture, as the driver writes it.
+    const WAITS_FROM: i32 = 90;
+    let ptx = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PTX_VERSION;
+    Ok(capability >= (9, 0) && function.get_attribute(ptx).w()? >= WAITS_FROM)
 }
 
 fn parameter_sizes(function: &CudaFunction) -> Option<Vec<usize>> {
