@@ -384,21 +384,26 @@ fn serve(
                     Request { adapters: adapter.iter().copied().map(strength).collect(), ..request }
                 })
                 .collect();
-            // With steps recorded as graphs and without, in turn.
-            let mut sides = [Vec::new(), Vec::new()];
-            for on in (0..SERVE_RUNS).flat_map(|_| [false, true]) {
-                Change::Graphs.set(on);
+            // In turn: launch by launch; as graphs; as graphs with launches of their own for what adapters add.
+            let mut sides = [Vec::new(), Vec::new(), Vec::new()];
+            let off = [Some(Change::Graphs), None, Some(Change::Added).filter(|_| adapters > 0)];
+            for (side, off) in (0..SERVE_RUNS).flat_map(|_| off.into_iter().enumerate()) {
+                if side == 2 && off.is_none() {
+                    continue;
+                }
+                off.iter().for_each(|change| change.set(false));
                 let ran = generated(&engine, &requests);
-                Change::Graphs.set(true);
-                sides[usize::from(on)].push(ran?);
+                off.iter().for_each(|change| change.set(true));
+                sides[side].push(ran?);
             }
-            let [without, with] = sides.each_ref().map(|runs| rates(runs));
-            let [plain, runs] = &sides;
+            let [without, with, apart] = sides.each_ref().map(|runs| rates(runs));
+            let [plain, runs, _] = &sides;
             found.push(json!({
                 "batch": batch, "adapters": name, "tokens_per_second": with[SERVE_RUNS / 2], "rates": with,
                 "seconds_to_first": runs[SERVE_RUNS / 2].first_seconds,
                 "launches_a_step": runs[SERVE_RUNS - 1].launches_a_step,
                 "rates_without_graphs": without, "launches_a_step_without_graphs": plain[0].launches_a_step,
+                "rates_without_added": apart,
             }));
             write(&json!({ "contender": "hone", "load_seconds": load_seconds, "serving": &found }))?;
         }

@@ -79,10 +79,10 @@ def several(result):
     return table(["several GPUs", "tokens/s", "efficiency", "s median", "loss"], rows) + "\n" + result.get("error", "")
 
 
-def without_graphs(of):
-    """The median rate of a case whose steps are not recorded as graphs."""
-    rates = of.get("rates_without_graphs")
-    return rates and rates[len(rates) // 2]
+def without(of, change):
+    """The median rate of a case without a change, if it was measured."""
+    rates = of.get(f"rates_without_{change}")
+    return rates[len(rates) // 2] if rates else None
 
 
 def serving(found):
@@ -97,9 +97,9 @@ def serving(found):
             base.setdefault(of["batch"], rate)
             beside = reference.get(of["batch"])
             rows.append([result.get("contender"), of["batch"], of["adapters"], rate, rate / beside if beside else None,
-                         1 - rate / base[of["batch"]], without_graphs(of), of.get("launches_a_step"), of.get("seconds_to_first"),
+                         1 - rate / base[of["batch"]], without(of, "graphs"), without(of, "added"), of.get("launches_a_step"), of.get("seconds_to_first"),
                          result.get("first_token_after_start_seconds")])
-    return rows and table(["serving", "batch", "adapters", "tokens/s", "times reference", "cost of adapters", "without graphs", "launches a step",
+    return rows and table(["serving", "batch", "adapters", "tokens/s", "times reference", "cost of adapters", "without graphs", "adapters apart", "launches a step",
                            "s to first", "s from start to first"], rows)
 
 

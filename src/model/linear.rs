@@ -3,6 +3,8 @@
 
 use candle_core::{Device, Result, Tensor};
 
+#[cfg(feature = "cuda")]
+use crate::ops::change::Change;
 use crate::ops::fp8::{self, Scaled};
 use crate::ops::matmul::{self, Weight};
 use crate::ops::{bias, unwritten};
@@ -58,7 +60,12 @@ impl Linear {
         {
             return training.forward_dora(self, pair, x, y, at, add, Way::of(pass));
         }
-        self.base(x, rounded, y, at, add, pass)?;
+        let added_to = self.begin(y, at, add)?;
+        #[cfg(feature = "cuda")]
+        if few_rows(std::slice::from_ref(self), x, y, at, added_to.then_some(y), pass)? {
+            return Ok(None);
+        }
+        self.product(x, rounded, y, at, if added_to { 1.0 } else { 0.0 }, pass)?;
         pass.lora.forward(self, x, y, at, pass)
     }
 
@@ -67,9 +74,8 @@ impl Linear {
         #[cfg(feature = "cuda")]
         if pass.apart && x.device().is_cuda() && self.bias.is_none() {
             let sum = unwritten(residual.shape(), residual.dtype(), residual.device())?;
-            if matmul::few_rows(x, &[&self.weight], self.factor, &sum, 0, Some(residual))? {
-                let low = pass.lora.forward(self, x, &sum, 0, pass)?;
-                return Ok((sum, low));
+            if few_rows(std::slice::from_ref(self), x, &sum, 0, Some(residual), pass)? {
+                return Ok((sum, None));
             }
         }
         #[cfg(feature = "cuda")]
@@ -94,28 +100,27 @@ impl Linear {
             Some(bias) => bias::onto(bias, residual)?,
             None => residual.copy()?,
         };
+        #[cfg(feature = "cuda")]
+        if few_rows(std::slice::from_ref(self), x, &sum, 0, Some(&sum), pass)? {
+            return Ok((sum, None));
+        }
         self.product(x, None, &sum, 0, 1.0, pass)?;
         let low = pass.lora.forward(self, x, &sum, 0, pass)?;
         Ok((sum, low))
     }
 
-    /// `forward` without an adapter.
-    #[allow(clippy::too_many_arguments)]
-    fn base(
-        &self,
-        x: &Tensor,
-        rounded: Option<&Scaled>,
-        y: &Tensor,
-        at: usize,
-        add: bool,
-        pass: &Pass,
-    ) -> Result<()> {
-        let mut beta = if add { 1.0 } else { 0.0 };
+    /// Writes or adds the bias. Returns whether the product is added to what y[:, at..at+N] has then.
+    fn begin(&self, y: &Tensor, at: usize, add: bool) -> Result<bool> {
         if let Some(bias) = &self.bias {
             bias::apply(bias, y, at, add)?;
-            beta = 1.0;
         }
-        self.product(x, rounded, y, at, beta, pass)
+        Ok(add || self.bias.is_some())
+    }
+
+    /// `forward` without an adapter.
+    fn base(&self, x: &Tensor, y: &Tensor, at: usize, add: bool, pass: &Pass) -> Result<()> {
+        let beta = if self.begin(y, at, add)? { 1.0 } else { 0.0 };
+        self.product(x, None, y, at, beta, pass)
     }
 
     /// `y[:, at..at+N] = factor * x W^T + beta * y[:, at..at+N]`.
@@ -207,8 +212,9 @@ pub fn side_by_side(parts: &[Linear], x: &Tensor, pass: &Pass) -> Result<(Tensor
     let width: usize = parts.iter().map(|part| part.weight.dims().0).sum();
     let y = unwritten((x.dim(0)?, width), x.dtype(), x.device())?;
     if let Lora::Mixed(mixture) = &pass.lora {
-        base_side_by_side(parts, x, &y, pass)?;
-        mixture.forward(&columns(parts).collect::<Vec<_>>(), x, &y, pass)?;
+        if !served_side_by_side(parts, x, &y, pass)? {
+            mixture.forward(&columns(parts).collect::<Vec<_>>(), x, &y, pass)?;
+        }
         return Ok((y, vec![None; parts.len()]));
     }
     #[cfg(feature = "cuda")]
@@ -234,27 +240,58 @@ fn shared_in_8_bits(parts: &[Linear], x: &Tensor, width: usize, pass: &Pass) -> 
     }
 }
 
-/// The parts without adapters.
-fn base_side_by_side(parts: &[Linear], x: &Tensor, y: &Tensor, pass: &Pass) -> Result<()> {
+/// The parts of a serving step. Returns whether what finished adapters make of x is added, too.
+fn served_side_by_side(parts: &[Linear], x: &Tensor, y: &Tensor, pass: &Pass) -> Result<bool> {
     #[cfg(feature = "cuda")]
     if pass.apart && x.device().is_cuda() {
         let biased = parts.iter().filter(|part| part.bias.is_some()).count();
-        let alike =
-            parts.iter().all(|part| part.factor == parts[0].factor) && (biased == 0 || biased == parts.len());
-        let weights: Vec<&Weight> = parts.iter().map(|part| &part.weight).collect();
-        if alike {
-            for (at, part) in columns(parts) {
-                part.bias.as_ref().map_or(Ok(()), |bias| bias::apply(bias, y, at, false))?;
-            }
-            if matmul::few_rows(x, &weights, parts[0].factor, y, 0, (biased > 0).then_some(y))? {
-                return Ok(());
+        if biased == 0 || biased == parts.len() {
+            columns(parts).try_for_each(|(at, part)| part.begin(y, at, false).map(|_| ()))?;
+            if few_rows(parts, x, y, 0, (biased > 0).then_some(y), pass)? {
+                return Ok(true);
             }
         }
     }
     if pass.apart && x.device().is_cpu() && short_side_by_side(parts, x, y, pass)? {
-        return Ok(());
+        return Ok(false);
     }
-    columns(parts).try_for_each(|(at, part)| part.base(x, None, y, at, false, pass))
+    columns(parts).try_for_each(|(at, part)| part.base(x, y, at, false, pass)).map(|()| false)
+}
+
+/// Layers side by side of a serving step on a GPU, whose columns begin at `at`, with what finished adapters make of x,
+/// onto `base` if it is given: one product, and one launch for the adapters. False if no kernel takes them; then
+/// nothing was done.
+#[cfg(feature = "cuda")]
+fn few_rows(
+    parts: &[Linear],
+    x: &Tensor,
+    y: &Tensor,
+    at: usize,
+    base: Option<&Tensor>,
+    pass: &Pass,
+) -> Result<bool> {
+    let factor = parts[0].factor;
+    let is_served = pass.apart && x.device().is_cuda() && !matches!(pass.lora, Lora::Training(_));
+    if !is_served || parts.iter().any(|part| part.factor != factor) {
+        return Ok(false);
+    }
+    let mixture = match &pass.lora {
+        Lora::Mixed(mixture) => Some(*mixture),
+        _ => None,
+    };
+    let linears: Vec<(usize, &Linear)> = columns(parts).map(|(from, part)| (at + from, part)).collect();
+    let adds = Change::Added.is_on();
+    let low = || mixture.filter(|_| adds).map_or(Ok(None), |mixture| mixture.low(&linears, x));
+    let weights: Vec<&Weight> = parts.iter().map(|part| &part.weight).collect();
+    if !matmul::few_rows(x, &weights, factor, y, at, base, low)? {
+        return Ok(false);
+    }
+    match mixture {
+        Some(mixture) if adds => mixture.by_products(&linears, x, y, pass)?,
+        Some(mixture) => mixture.forward(&linears, x, y, pass)?,
+        None => {}
+    }
+    Ok(true)
 }
 
 /// The parts of a step on a CPU whose rows are all short, if the parts have one factor and no bias. False if not.

@@ -354,9 +354,40 @@ impl<'a> Mixture<'a> {
         Ok(if row_pairs::add(x, y, &layers, pass.precision)? { short } else { 0 })
     }
 
-    /// Long parts by products; all others row by row, which leaves a row's bits to its own adapters.
+    /// Short parts row by row, which leaves a row's bits to its own adapters; the others by products.
     #[cfg(feature = "cuda")]
     fn forward_on_gpu(
+        &self,
+        linears: &[(usize, &Linear)],
+        x: &Tensor,
+        y: &Tensor,
+        pass: &Pass,
+    ) -> Result<()> {
+        if let Some(items) = self.items(x)? {
+            // Layers side by side have one factor; if not, they are no layers of one launch.
+            for group in linears.chunk_by(|(_, left), (_, right)| left.factor == right.factor) {
+                let part = |(at, linear): &(usize, &Linear)| adapters::Part {
+                    site: linear.site,
+                    at: *at,
+                    columns: linear.weight.dims().0,
+                };
+                items.add(x, y, &group.iter().map(part).collect::<Vec<_>>(), group[0].1.factor)?;
+            }
+        }
+        self.by_products(linears, x, y, pass)
+    }
+
+    /// `x A^T` of the short parts' adapters, for layers with one factor whose product adds the rest. `None`: none of them
+    /// has a pair for these layers.
+    #[cfg(feature = "cuda")]
+    pub(super) fn low(&self, linears: &[(usize, &Linear)], x: &Tensor) -> Result<Option<adapters::Low<'_>>> {
+        let sites: Vec<usize> = linears.iter().map(|(_, linear)| linear.site).collect();
+        self.items(x)?.map_or(Ok(None), |items| items.low(x, &sites, linears[0].1.factor))
+    }
+
+    /// Adds the parts that `low` leaves out to y.
+    #[cfg(feature = "cuda")]
+    pub(super) fn by_products(
         &self,
         linears: &[(usize, &Linear)],
         x: &Tensor,
@@ -371,21 +402,17 @@ impl<'a> Mixture<'a> {
             self.products(linear, x, y, *at, pass, false, &long)?;
             self.products(linear, x, y, *at, pass, pass.apart, &apart)?;
         }
+        Ok(())
+    }
+
+    /// The adapters of short parts, row by row, for a step with the rows of x.
+    #[cfg(feature = "cuda")]
+    fn items(&self, x: &Tensor) -> Result<Option<&adapters::Items>> {
         if self.items.get().is_none() {
             // The cell is not shared between threads.
-            let _ = self.items.set(self.short_items(None, x.device())?);
+            let _ = self.items.set(self.short_items(x.dim(0)?, false, x.device())?);
         }
-        let Some(Some(items)) = self.items.get() else { return Ok(()) };
-        // Layers side by side have one factor; if not, they are no layers of one launch.
-        for group in linears.chunk_by(|(_, left), (_, right)| left.factor == right.factor) {
-            let part = |(at, linear): &(usize, &Linear)| adapters::Part {
-                site: linear.site,
-                at: *at,
-                columns: linear.weight.dims().0,
-            };
-            items.add(x, y, &group.iter().map(part).collect::<Vec<_>>(), group[0].1.factor)?;
-        }
-        Ok(())
+        Ok(self.items.get().and_then(Option::as_ref))
     }
 
     /// Returns whether all adapters are added row by row. Then launches depend on the numbers of `send` alone.
@@ -413,19 +440,30 @@ impl<'a> Mixture<'a> {
     /// Copies what layers read of the adapters to a GPU, for a step of so many rows, once.
     #[cfg(feature = "cuda")]
     pub(super) fn send(&self, rows: usize, device: &Device) -> Result<()> {
-        let _ = self.items.set(self.short_items(Some(rows), device)?);
+        let _ = self.items.set(self.short_items(rows, true, device)?);
         Ok(())
     }
 
-    /// `step_rows`: the rows of a step whose lists are filled up.
+    /// `fill_up`: the lists have few different lengths.
     #[cfg(feature = "cuda")]
-    fn short_items(&self, step_rows: Option<usize>, device: &Device) -> Result<Option<adapters::Items>> {
+    fn short_items(
+        &self,
+        step_rows: usize,
+        fill_up: bool,
+        device: &Device,
+    ) -> Result<Option<adapters::Items>> {
         let mut rows = std::collections::BTreeMap::<usize, Vec<&Part>>::new();
-        let mut rank_max = 0;
-        let alone = |part: &&Part| !part.is_long() && !part.adapter.has_magnitudes() && part.strength != 0.0;
+        let mut extent = adapters::Extent { rows: step_rows, rank: 0, sites: Vec::new() };
+        let alone = |part: &&Part| {
+            let adds = part.strength != 0.0 && part.adapter.rank() > 0;
+            adds && !part.is_long() && !part.adapter.has_magnitudes()
+        };
         for part in self.parts.iter().filter(alone) {
             part.rows.clone().for_each(|row| rows.entry(row).or_default().push(part));
-            rank_max = rank_max.max(part.adapter.rank());
+            let list = &part.adapter.list;
+            extent.rank = extent.rank.max(part.adapter.rank());
+            extent.sites.resize(extent.sites.len().max(list.len()), false);
+            extent.sites.iter_mut().zip(list).for_each(|(any, pair)| *any |= pair.is_some());
         }
         if rows.is_empty() {
             return Ok(None);
@@ -440,7 +478,13 @@ impl<'a> Mixture<'a> {
                 });
             }
         }
-        adapters::Items::filled_up(&list, rank_max, step_rows, device).map(Some)
+        match fill_up {
+            true => adapters::Items::filled_up(&list, extent, device).map(Some),
+            false => {
+                let few = step_rows <= matmul::FEW_ROWS;
+                adapters::Items::new(&list, extent, few, device).map(Some)
+            }
+        }
     }
 
     #[allow(clippy::too_many_arguments)]

@@ -43,11 +43,13 @@ pub enum Change {
     Graphs,
     /// The same for training's passes, which are filled up to few shapes.
     Steps,
+    /// A product of few rows adds what adapters make of its rows, which need no launch of their own.
+    Added,
 }
 
 impl Change {
     /// All changes.
-    pub const ALL: [Change; 15] = [
+    pub const ALL: [Change; 16] = [
         Change::Onto,
         Change::Algorithms,
         Change::Functions,
@@ -63,6 +65,7 @@ impl Change {
         Change::Normed,
         Change::Graphs,
         Change::Steps,
+        Change::Added,
     ];
 
     /// The name that the variable has for it.
@@ -83,6 +86,7 @@ impl Change {
             Change::Normed => "normed",
             Change::Graphs => "graphs",
             Change::Steps => "steps",
+            Change::Added => "added",
         }
     }
 
