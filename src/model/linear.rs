@@ -4,6 +4,8 @@
 use candle_core::{Device, Result, Tensor};
 
 #[cfg(feature = "cuda")]
+use crate::ops::adapters;
+#[cfg(feature = "cuda")]
 use crate::ops::change::Change;
 use crate::ops::fp8::{self, Scaled};
 use crate::ops::matmul::{self, Weight};
@@ -110,7 +112,7 @@ impl Linear {
     }
 
     /// Writes or adds the bias. Returns whether the product is added to what y[:, at..at+N] has then.
-    fn begin(&self, y: &Tensor, at: usize, add: bool) -> Result<bool> {
+    pub(super) fn begin(&self, y: &Tensor, at: usize, add: bool) -> Result<bool> {
         if let Some(bias) = &self.bias {
             bias::apply(bias, y, at, add)?;
         }
@@ -270,6 +272,20 @@ fn few_rows(
     base: Option<&Tensor>,
     pass: &Pass,
 ) -> Result<bool> {
+    few_rows_with(parts, x, y, at, base, pass, None)
+}
+
+/// `few_rows` with the adapters' part of x, if a launch has made it.
+#[cfg(feature = "cuda")]
+pub(super) fn few_rows_with(
+    parts: &[Linear],
+    x: &Tensor,
+    y: &Tensor,
+    at: usize,
+    base: Option<&Tensor>,
+    pass: &Pass,
+    low: Option<adapters::Low>,
+) -> Result<bool> {
     let factor = parts[0].factor;
     let is_served = pass.apart && x.device().is_cuda() && !matches!(pass.lora, Lora::Training(_));
     if !is_served || parts.iter().any(|part| part.factor != factor) {
@@ -281,7 +297,11 @@ fn few_rows(
     };
     let linears: Vec<(usize, &Linear)> = columns(parts).map(|(from, part)| (at + from, part)).collect();
     let adds = Change::Added.is_on();
-    let low = || mixture.filter(|_| adds).map_or(Ok(None), |mixture| mixture.low(&linears, x));
+    let low = || match (low, mixture) {
+        (Some(low), _) => Ok(Some(low)),
+        (None, Some(mixture)) if adds => mixture.low(&linears, x),
+        _ => Ok(None),
+    };
     let weights: Vec<&Weight> = parts.iter().map(|part| &part.weight).collect();
     if !matmul::few_rows(x, &weights, factor, y, at, base, low)? {
         return Ok(false);

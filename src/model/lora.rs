@@ -385,6 +385,18 @@ impl<'a> Mixture<'a> {
         self.items(x)?.map_or(Ok(None), |items| items.low(x, &sites, linears[0].1.factor))
     }
 
+    /// The layers' input and `low` of it in one launch, if that is better.
+    #[cfg(feature = "cuda")]
+    pub(super) fn make(
+        &self,
+        linears: &[Linear],
+        source: &adapters::Source,
+        x: &Tensor,
+    ) -> Result<Option<(Tensor, adapters::Low<'_>)>> {
+        let sites: Vec<usize> = linears.iter().map(|linear| linear.site).collect();
+        self.items(x)?.map_or(Ok(None), |items| items.make(source, &sites, linears[0].factor))
+    }
+
     /// Adds the parts that `low` leaves out to y.
     #[cfg(feature = "cuda")]
     pub(super) fn by_products(

@@ -3,22 +3,30 @@
 //!
 //! Each row has adapters and strengths of its own. One launch makes `x A^T` for all of them and up to three layers that
 //! read the same x (`Low`). The product of few rows with the layers' weights adds the rest where it writes y, for every
-//! rank (`matmul::few_rows`); behind another product, a second launch does. Sums are f32 and in the order of a row's
-//! items, whatever other rows have.
+//! rank (`matmul::few_rows`); behind another product, a second launch does. If x is a norm or an activation, the launch
+//! that makes `x A^T` can make x, too (`Items::make`). Sums are f32 and in the order of a row's items, whatever other
+//! rows have.
 
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::change::Change;
 use super::cuda::{self, Launch};
 use super::unwritten;
+use crate::facts::{Activation, Function};
 
 /// Layers of one launch.
 const PARTS: usize = 3;
 const THREADS: usize = 256;
 /// Items or rows of one launch.
 const GRID_MAX: usize = 65_535;
-/// Ranks of a block that makes `x A^T`.
-const RANKS: usize = 2;
+/// Ranks of a block that makes `x A^T`, of an x that is there and of one that it makes for itself.
+const READ_RANKS: usize = 2;
+const MADE_RANKS: usize = 4;
+/// Most items times ranks whose blocks make x for themselves. Computed, to be confirmed: beyond 32 rows of rank 16
+/// they read more for it than a launch costs.
+const MADE_MAX: usize = 512;
+/// Values that a kernel which makes x moves at once.
+const UNIT: usize = 8;
 /// The largest rank is counted as a multiple of this, so that a kernel reads eight values of `x A^T` at once.
 const RANK_UNIT: usize = 8;
 
@@ -101,6 +109,59 @@ pub fn table<'a>(layers: impl IntoIterator<Item = Option<Matrices<'a>>>, device:
     cuda::upload_apart(&numbers, device)
 }
 
+/// The input of layers, as a function of what is there.
+pub enum Source<'a> {
+    /// The root-mean-square norm of x [T, K].
+    Norm {
+        /// x.
+        x: &'a Tensor,
+        /// The norm's factor, `[K]` in f32.
+        weight: &'a Tensor,
+        /// Added to the mean square.
+        eps: f64,
+    },
+    /// The activation of x.
+    Activation {
+        /// x, as `ops/activation.rs` has it.
+        x: &'a Tensor,
+        /// The function.
+        activation: Activation,
+    },
+}
+
+impl Source<'_> {
+    fn x(&self) -> &Tensor {
+        match self {
+            Source::Norm { x, .. } | Source::Activation { x, .. } => x,
+        }
+    }
+
+    /// Columns of the layers' input.
+    fn width(&self) -> Result<usize> {
+        Ok(match self {
+            Source::Norm { x, .. } => x.dim(1)?,
+            Source::Activation { x, activation } => activation.width(x.dim(1)?),
+        })
+    }
+
+    /// The kernel and its own parameters.
+    fn launch(&self) -> Result<Launch<'_>> {
+        match self {
+            Source::Norm { x, weight, eps } => {
+                Ok(Launch::new(x, "adapters", "norm")?.tensor(x).of(DType::F32, weight).float(*eps))
+            }
+            Source::Activation { x, activation } => {
+                let curve = match activation.function {
+                    Function::Silu => "activated_silu",
+                    Function::GeluTanh => "activated_gelu_tanh",
+                    Function::GeluErf => "activated_gelu_erf",
+                };
+                Ok(Launch::new(x, "adapters", curve)?.tensor(x).int(usize::from(activation.gated)))
+            }
+        }
+    }
+}
+
 /// `x A^T` of all items and of layers that read the same x, before it goes through B.
 pub struct Low<'a> {
     items: &'a Items,
@@ -171,14 +232,40 @@ impl Items {
         let ((rows, k), count, rank) = (x.dims2()?, self.count(), self.extent.rank);
         assert_eq!(rows, self.extent.rows, "the items are those of x");
         assert!(count <= GRID_MAX, "{count} adapters on rows: a launch takes {GRID_MAX}");
-        if !sites.iter().any(|site| self.extent.sites.get(*site).copied().unwrap_or(false)) {
+        if !self.reach(sites) {
             return Ok(None);
         }
         let values = unwritten((sites.len(), count, rank), DType::F32, x.device())?;
         let launch = Launch::new(x, "adapters", "shrink")?.tensor(x).of(DType::U32, &self.items);
         let launch = numbers(launch.of(DType::F32, &values).int(k).int(rank), sites);
-        launch.launch((rank.div_ceil(RANKS), count, sites.len()), THREADS, 0)?;
+        launch.launch((rank.div_ceil(READ_RANKS), count, sites.len()), THREADS, 0)?;
         Ok(Some(Low { items: self, values, sites: sites.to_vec(), factor }))
+    }
+
+    /// The layers' input in memory of its own, with the bits of its operation, and `low` of it, in one launch. `None`: two
+    /// launches are better, no kernel does both, or there is nothing to add.
+    pub fn make(&self, source: &Source, sites: &[usize], factor: f64) -> Result<Option<(Tensor, Low<'_>)>> {
+        let (x, k, count, rank) = (source.x(), source.width()?, self.count(), self.extent.rank);
+        let rows = x.dim(0)?;
+        assert_eq!(rows, self.extent.rows, "the items are those of x");
+        let fits = x.dtype() == DType::BF16 && k.is_multiple_of(UNIT) && count * rank <= MADE_MAX;
+        if !fits || sites.len() > PARTS || !self.reach(sites) {
+            return Ok(None);
+        }
+        let made = unwritten((rows, k), x.dtype(), x.device())?;
+        let values = unwritten((sites.len(), count, rank), DType::F32, x.device())?;
+        let launch = source.launch()?.tensor(&made).of(DType::U32, &self.items).of(DType::F32, &values);
+        let launch = numbers(launch.int(rows).int(k).int(rank).int(count), sites);
+        // Blocks behind those of the items write a row each.
+        let blocks = rank.div_ceil(MADE_RANKS);
+        let behind = rows.div_ceil(blocks * sites.len());
+        launch.launch((blocks, count + behind, sites.len()), THREADS, 0)?;
+        Ok(Some((made, Low { items: self, values, sites: sites.to_vec(), factor })))
+    }
+
+    /// Returns whether an adapter has a pair for one of these layers.
+    fn reach(&self, sites: &[usize]) -> bool {
+        sites.iter().any(|site| self.extent.sites.get(*site).copied().unwrap_or(false))
     }
 
     fn count(&self) -> usize {
@@ -219,9 +306,9 @@ mod tests {
     use super::*;
     use crate::facts::quantization::Code;
     use crate::ops::four_bit::FourBit;
-    use crate::ops::judge;
     use crate::ops::matmul::few_rows;
     use crate::ops::weight::Weight;
+    use crate::ops::{activation, judge, rms_norm};
 
     /// Rows without, with one and with three adapters, ranks that are and are no multiple of eight, layers that an
     /// adapter does not have; a row's bits do not depend on the others.
@@ -402,5 +489,46 @@ mod tests {
             }
         }
         Ok(())
+    }
+
+    /// Norms and activations by the launch that makes `x A^T`, too: the bits of one after the other.
+    #[test]
+    fn a_launch_makes_the_layers_input_and_its_low_ranks() -> Result<()> {
+        judge::on_gpu(|gpu| {
+            for (rows, k, rank) in [(1, 64, 16), (5, 584, 8), (9, 2056, 24)] {
+                let (a, b) = (gpu.put(&gpu.random((rank, k), 3)?)?, gpu.put(&gpu.random((40, rank), 4)?)?);
+                let pair = |scale| Some(Matrices { a: &a, b: &b, scale });
+                let table = table([pair(0.5), None, pair(2.0)], &gpu.device)?;
+                let list: Vec<Item> = (0..rows).step_by(2).map(|row| Item { row, table: &table, strength: 0.5 }).collect();
+                let extent = Extent { rows, rank, sites: vec![true, false, true] };
+                let items = Items::filled_up(&list, extent, &gpu.device)?;
+                let check = |source: &Source, expected: &Tensor| -> Result<()> {
+                    assert!(items.make(source, &[1], 1.0)?.is_none(), "no adapter reaches the layer");
+                    let found = items.make(source, &[0, 1, 2], 1.5)?;
+                    assert_eq!(found.is_some(), gpu.dtype == DType::BF16);
+                    let Some((x, low)) = found else { return Ok(()) };
+                    gpu.within(0.0, &x, &expected.to_device(&Device::Cpu)?)?;
+                    let parts = [0, 1, 2].map(|site| Part { site, at: 40 * site, columns: 40 });
+                    let y = gpu.put(&gpu.random((rows, 120), 5)?)?;
+                    let apart = y.copy()?;
+                    low.expand(&y, &parts)?;
+                    items.add(expected, &apart, &parts, 1.5)?;
+                    gpu.within(0.0, &y, &apart.to_device(&Device::Cpu)?)
+                };
+                let x = gpu.put(&gpu.random((rows, k), 1)?)?;
+                let weight = gpu.put_as(DType::F32, &gpu.random(k, 2)?)?;
+                let source = Source::Norm { x: &x, weight: &weight, eps: 1e-5 };
+                check(&source, &rms_norm::forward(&x, &weight, 1e-5)?)?;
+                for function in [Function::Silu, Function::GeluTanh, Function::GeluErf] {
+                    for gated in [true, false] {
+                        let activation = Activation { function, gated };
+                        let x = gpu.put(&gpu.random((rows, if gated { 2 * k } else { k }), 6)?)?;
+                        let expected = activation::forward(&x, activation)?;
+                        check(&Source::Activation { x: &x, activation }, &expected)?;
+                    }
+                }
+            }
+            Ok(())
+        })
     }
 }

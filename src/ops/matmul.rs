@@ -215,6 +215,12 @@ pub fn few_rows<'a>(
     gpu::few(x, weights, alpha, y, at, base, low)
 }
 
+/// Returns whether `few_rows` has a kernel for x [rows, any] in bf16, and a y in bf16.
+#[cfg(feature = "cuda")]
+pub fn has_few_rows(rows: usize, weights: &[&Weight]) -> bool {
+    gpu::has_few(rows, weights)
+}
+
 /// `dx = alpha * dy[:, at..at+N] W + beta * dx`: dy [T, at+N or wider], dx [T, K].
 pub fn input_gradient(
     dy: &Tensor,
@@ -409,6 +415,12 @@ mod gpu {
                 }),
             }
         }
+    }
+
+    /// See `has_few_rows`.
+    pub fn has_few(rows: usize, weights: &[&Weight]) -> bool {
+        let fits = (1..=FEW_ROWS).contains(&rows) && (1..=SIDE_BY_SIDE).contains(&weights.len());
+        fits && Sides::of(weights, DType::BF16).is_some()
     }
 
     /// See `few_rows`.
