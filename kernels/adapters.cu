@@ -75,59 +75,123 @@ struct Activated {
     __device__ __forceinline__ float one(int) const { return 0.f; }
 };
 
-// blockIdx.y is the item, a block makes RANKS of its values: low [part, item, rank_max]. The order of a sum depends
-// on k alone.
-template <typename T, int RANKS, typename Source>
-__device__ __forceinline__ void shrink(Source x, const uint32_t* items, float* low, int k, int rank_max, int count,
-                                       SITES_PARAMETERS) {
-    SHARED_ARRAY(float, parts, THREADS / 32 * RANKS);
+// Eight neighbouring values as they are stored.
+template <typename T>
+struct Stored {
+    uint4 words[sizeof(T) / 2];
+    __device__ __forceinline__ void load(const T* from) {
+#pragma unroll
+        for (int i = 0; i < (int)sizeof(T) / 2; ++i) words[i] = reinterpret_cast<const uint4*>(from)[i];
+    }
+    __device__ __forceinline__ Eight<T> wide() const {
+        Eight<T> values;
+        values.load(reinterpret_cast<const T*>(words));
+        return values;
+    }
+};
+
+// A block makes RANKS values of each of `members` items, at most GROUP, that lie together in the list and have one
+// table: low [part, item, rank_max]. What a thread reads of A for STEPS of its sums is asked for at once, since nothing else
+// hides how long memory takes. The order of a sum depends on k alone.
+template <typename T, int RANKS, int STEPS, int GROUP, typename Source>
+__device__ __forceinline__ void shrink(const Source& input, const uint32_t* items, int item, int members, const Pair& pair,
+                                       float* low, int k, int rank_max) {
+    SHARED_ARRAY(float, parts, THREADS / 32 * RANKS * GROUP);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, first = blockIdx.x * RANKS;
-    const Item item(items + 4 * (uint64_t)blockIdx.y);
-    if (item.table == nullptr) return;  // it fills the list up
-    const Pair pair(item.table, PICK(site));
-    if (first >= pair.rank) return;  // the whole block leaves
-    x.begin(item.row, k);
+    Source x[GROUP];
+#pragma unroll
+    for (int m = 0; m < GROUP; ++m) {
+        x[m] = input;
+        if (m < members) x[m].begin(Item(items + 4 * (uint64_t)(item + m)).row, k);
+    }
     const T* a[RANKS];
 #pragma unroll
     for (int j = 0; j < RANKS; ++j) a[j] = reinterpret_cast<const T*>(pair.a) + (uint64_t)min(first + j, pair.rank - 1) * k;
-    float sums[RANKS] = {};
+    float sums[GROUP][RANKS] = {};
     if (!Source::ANY_WIDTH || k % 8 == 0) {
-        for (int i = threadIdx.x * 8; i < k; i += THREADS * 8) {
-            Eight<T> right[RANKS];
+        constexpr int STRIDE = THREADS * 8;
+        for (int from = threadIdx.x * 8; from < k; from += STEPS * STRIDE) {
+            Stored<T> right[STEPS][RANKS] = {};
 #pragma unroll
-            for (int j = 0; j < RANKS; ++j) right[j].load(a[j] + i);
-            const Eight<T> left = x.eight(i);
+            for (int step = 0; step < STEPS; ++step)
 #pragma unroll
-            for (int j = 0; j < RANKS; ++j)
+                for (int j = 0; j < RANKS; ++j)
+                    if (from + step * STRIDE < k) right[step][j].load(a[j] + from + step * STRIDE);
 #pragma unroll
-                for (int e = 0; e < 8; ++e) sums[j] = fmaf(left.v[e], right[j].v[e], sums[j]);
+            for (int step = 0; step < STEPS; ++step) {
+                if (from + step * STRIDE >= k) break;
+#pragma unroll
+                for (int m = 0; m < GROUP; ++m) {
+                    if (m >= members) break;
+                    const Eight<T> left = x[m].eight(from + step * STRIDE);
+#pragma unroll
+                    for (int j = 0; j < RANKS; ++j) {
+                        const Eight<T> own = right[step][j].wide();
+#pragma unroll
+                        for (int e = 0; e < 8; ++e) sums[m][j] = fmaf(left.v[e], own.v[e], sums[m][j]);
+                    }
+                }
+            }
         }
     } else {
         for (int i = threadIdx.x; i < k; i += THREADS) {
 #pragma unroll
-            for (int j = 0; j < RANKS; ++j) sums[j] = fmaf(x.one(i), widen(a[j][i]), sums[j]);
+            for (int m = 0; m < GROUP; ++m) {
+                if (m >= members) break;
+#pragma unroll
+                for (int j = 0; j < RANKS; ++j) sums[m][j] = fmaf(x[m].one(i), widen(a[j][i]), sums[m][j]);
+            }
         }
     }
+    __syncthreads();  // `parts` may still be read for other items
 #pragma unroll
-    for (int j = 0; j < RANKS; ++j) {
-        sums[j] = warp_sum(sums[j]);
-        if (lane == 0) parts[warp * RANKS + j] = sums[j];
+    for (int m = 0; m < GROUP; ++m) {
+#pragma unroll
+        for (int j = 0; j < RANKS; ++j) {
+            const float sum = warp_sum(sums[m][j]);
+            if (lane == 0) parts[(warp * GROUP + m) * RANKS + j] = sum;
+        }
     }
     __syncthreads();
-    const int rank = first + threadIdx.x;
-    if (threadIdx.x >= RANKS || rank >= pair.rank) return;
+    const int m = threadIdx.x / RANKS, rank = first + threadIdx.x % RANKS;
+    if (m >= members || rank >= pair.rank) return;
     float sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < THREADS / 32; ++i) sum += parts[i * RANKS + threadIdx.x];
-    low[((uint64_t)blockIdx.z * count + blockIdx.y) * rank_max + rank] = sum;
+    for (int i = 0; i < THREADS / 32; ++i) sum += parts[i * GROUP * RANKS + threadIdx.x];
+    low[(uint64_t)(item + m) * rank_max + rank] = sum;
 }
 
-// The same of an input that is not there yet: blocks beyond the items write it to out [rows, k], a row each.
-template <int RANKS, typename Source>
+// Each GROUP items in the order of the list are blockIdx.y. Items that follow each other with one adapter share what is
+// read of A.
+template <typename T, int RANKS, int STEPS, int GROUP>
+__device__ __forceinline__ void shrink_all(const T* x, const uint32_t* items, float* low, int k, int rank_max, int count,
+                                           SITES_PARAMETERS) {
+    low += (uint64_t)blockIdx.z * count * rank_max;
+    const int end = min(count, ((int)blockIdx.y + 1) * GROUP);
+    for (int item = blockIdx.y * GROUP; item < end;) {
+        const Item own(items + 4 * (uint64_t)item);
+        int members = 1;
+        while (item + members < end && Item(items + 4 * (uint64_t)(item + members)).table == own.table) ++members;
+        if (own.table == nullptr) return;  // it and those behind it fill the list up
+        const Pair pair(own.table, PICK(site));
+        if ((int)blockIdx.x * RANKS < pair.rank)
+            shrink<T, RANKS, STEPS, GROUP>(AsItIs<T>{x}, items, item, members, pair, low, k, rank_max);
+        item += members;
+    }
+}
+
+// The same of an input that is not there yet, an item for each blockIdx.y. Blocks beyond the items write the input to
+// out [rows, k], a row each.
+template <int RANKS, int STEPS, typename Source>
 __device__ __forceinline__ void make_and_shrink(Source x, bf16* out, int rows, const uint32_t* items, float* low, int k,
                                                 int rank_max, int count, SITES_PARAMETERS) {
     if ((int)blockIdx.y < count) {
-        shrink<bf16, RANKS>(x, items, low, k, rank_max, count, site_0, site_1, site_2);
+        const Item item(items + 4 * (uint64_t)blockIdx.y);
+        if (item.table == nullptr) return;  // it fills the list up
+        const Pair pair(item.table, PICK(site));
+        if ((int)blockIdx.x * RANKS >= pair.rank) return;
+        low += (uint64_t)blockIdx.z * count * rank_max;
+        shrink<bf16, RANKS, STEPS, 1>(x, items, blockIdx.y, 1, pair, low, k, rank_max);
         return;
     }
     const int row = ((blockIdx.y - count) * gridDim.z + blockIdx.z) * gridDim.x + blockIdx.x;
@@ -158,13 +222,16 @@ __device__ __forceinline__ void expand(const float* low, const uint32_t* items, 
 
 #define SITES site_0, site_1, site_2
 #define PARTS SITES, at_0, at_1, at_2, n_0, n_1, n_2
-// Ranks of a block: more of them read x less often, fewer make more blocks. src/ops/adapters.rs repeats both.
-constexpr int READ_RANKS = 2, MADE_RANKS = 4;
+// Ranks of a block: more of them read x less often, fewer make more blocks. src/ops/adapters.rs repeats them. A norm's
+// input is narrower than an activation, which needs more steps.
+constexpr int READ_RANKS = 2, NORM_RANKS = 4, ACTIVATED_RANKS = 2;
+// Items of a block.
+constexpr int ITEMS = 4;
 
 #define FOR(T, type)                                                                                                      \
     extern "C" __global__ void __launch_bounds__(THREADS) adapters_shrink_##type(                                         \
-        const T* x, const uint32_t* items, float* low, int k, int rank_max, SITES_PARAMETERS) {                           \
-        shrink<T, READ_RANKS>(AsItIs<T>{x}, items, low, k, rank_max, gridDim.y, SITES);                                   \
+        const T* x, const uint32_t* items, float* low, int k, int rank_max, int count, SITES_PARAMETERS) {                \
+        shrink_all<T, READ_RANKS, 4, ITEMS>(x, items, low, k, rank_max, count, SITES);                                    \
     }                                                                                                                     \
     extern "C" __global__ void adapters_expand_##type(const float* low, const uint32_t* items, const uint32_t* rows,      \
                                                       T* y, int stride, int count, int rank_max, float factor,            \
@@ -175,14 +242,14 @@ FOR(float, f32)
 FOR(bf16, bf16)
 
 #define OUT_PARAMETERS bf16 *out, const uint32_t *items, float *low, int rows, int k, int rank_max, int count, SITES_PARAMETERS
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
     adapters_norm_bf16(const bf16* x, const float* w, float eps, OUT_PARAMETERS) {
-    make_and_shrink<MADE_RANKS>(Normed{x, w, eps, 0.f}, out, rows, items, low, k, rank_max, count, SITES);
+    make_and_shrink<NORM_RANKS, 2>(Normed{x, w, eps, 0.f}, out, rows, items, low, k, rank_max, count, SITES);
 }
 #define ACTIVATED(Curve, curve)                                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                  \
         adapters_activated_##curve##_bf16(const bf16* x, int gated, OUT_PARAMETERS) {                      \
-        make_and_shrink<MADE_RANKS>(Activated<Curve>{x, k, gated}, out, rows, items, low, k, rank_max, count, SITES); \
+        make_and_shrink<ACTIVATED_RANKS, 4>(Activated<Curve>{x, k, gated}, out, rows, items, low, k, rank_max, count, SITES); \
     }
 ACTIVATED(Silu, silu)
 ACTIVATED(GeluTanh, gelu_tanh)

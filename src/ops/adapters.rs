@@ -19,12 +19,15 @@ const PARTS: usize = 3;
 const THREADS: usize = 256;
 /// Items or rows of one launch.
 const GRID_MAX: usize = 65_535;
-/// Ranks of a block that makes `x A^T`, of an x that is there and of one that it makes for itself.
+/// Ranks of a block that makes `x A^T`, of an x that is there, of a norm and of an activation.
 const READ_RANKS: usize = 2;
-const MADE_RANKS: usize = 4;
-/// Most items times ranks whose blocks make x for themselves. Computed, to be confirmed: beyond 32 rows of rank 16
-/// they read more for it than a launch costs.
-const MADE_MAX: usize = 512;
+const NORM_RANKS: usize = 4;
+const ACTIVATED_RANKS: usize = 2;
+/// Items of a block whose x is there: those of one adapter share what is read of A.
+const ITEMS: usize = 4;
+/// Most items times ranks whose blocks make x for themselves. Computed, to be confirmed: beyond 8 rows of rank 16 they
+/// read more for it, and of A, than a launch costs.
+const MADE_MAX: usize = 128;
 /// Values that a kernel which makes x moves at once.
 const UNIT: usize = 8;
 /// The largest rank is counted as a multiple of this, so that a kernel reads eight values of `x A^T` at once.
@@ -172,8 +175,8 @@ pub struct Low<'a> {
 }
 
 impl Items {
-    /// Items of one row lie together, in the order in which they are added; the rows ascend. `all`: the step's rows are
-    /// few, so that a product of few rows may ask for the items by the row.
+    /// Items of one row lie together, in the order in which they are added. Rows with the same adapter should be
+    /// neighbours. `all`: the step's rows are few, so that a product of few rows may ask for the items by the row.
     pub fn new(list: &[Item], extent: Extent, all: bool, device: &Device) -> Result<Items> {
         Items::of(list, extent, all, list.len(), device)
     }
@@ -226,8 +229,8 @@ impl Items {
         })
     }
 
-    /// `x A^T` for layers that read x, at most three; what is made of it counts `factor` times. `None`: no adapter has a
-    /// pair for any of them.
+    /// `x A^T` for layers that read x, at most three; what is made of it counts `factor` times. `None`: no adapter has
+    /// a pair for any of them.
     pub fn low(&self, x: &Tensor, sites: &[usize], factor: f64) -> Result<Option<Low<'_>>> {
         let ((rows, k), count, rank) = (x.dims2()?, self.count(), self.extent.rank);
         assert_eq!(rows, self.extent.rows, "the items are those of x");
@@ -237,13 +240,14 @@ impl Items {
         }
         let values = unwritten((sites.len(), count, rank), DType::F32, x.device())?;
         let launch = Launch::new(x, "adapters", "shrink")?.tensor(x).of(DType::U32, &self.items);
-        let launch = numbers(launch.of(DType::F32, &values).int(k).int(rank), sites);
-        launch.launch((rank.div_ceil(READ_RANKS), count, sites.len()), THREADS, 0)?;
+        let launch = numbers(launch.of(DType::F32, &values).int(k).int(rank).int(count), sites);
+        let grid = (rank.div_ceil(READ_RANKS), count.div_ceil(ITEMS), sites.len());
+        launch.launch(grid, THREADS, 0)?;
         Ok(Some(Low { items: self, values, sites: sites.to_vec(), factor }))
     }
 
-    /// The layers' input in memory of its own, with the bits of its operation, and `low` of it, in one launch. `None`: two
-    /// launches are better, no kernel does both, or there is nothing to add.
+    /// The layers' input in memory of its own, with the bits of its operation, and `low` of it, in one launch. `None`:
+    /// two launches are better, no kernel does both, or there is nothing to add.
     pub fn make(&self, source: &Source, sites: &[usize], factor: f64) -> Result<Option<(Tensor, Low<'_>)>> {
         let (x, k, count, rank) = (source.x(), source.width()?, self.count(), self.extent.rank);
         let rows = x.dim(0)?;
@@ -257,7 +261,10 @@ impl Items {
         let launch = source.launch()?.tensor(&made).of(DType::U32, &self.items).of(DType::F32, &values);
         let launch = numbers(launch.int(rows).int(k).int(rank).int(count), sites);
         // Blocks behind those of the items write a row each.
-        let blocks = rank.div_ceil(MADE_RANKS);
+        let blocks = rank.div_ceil(match source {
+            Source::Norm { .. } => NORM_RANKS,
+            Source::Activation { .. } => ACTIVATED_RANKS,
+        });
         let behind = rows.div_ceil(blocks * sites.len());
         launch.launch((blocks, count + behind, sites.len()), THREADS, 0)?;
         Ok(Some((made, Low { items: self, values, sites: sites.to_vec(), factor })))
@@ -385,6 +392,10 @@ mod tests {
         })
     }
 
+    fn drawn(gpu: &judge::Gpu, shape: (usize, usize), seed: u64) -> Result<Tensor> {
+        gpu.put(gpu.random(shape, seed)?.as_tensor())
+    }
+
     /// A case of `a_product_of_few_rows_adds_adapters`: the product's shape, and the ranks of three adapters.
     struct Case {
         rows: usize,
@@ -417,7 +428,7 @@ mod tests {
         let &Case { rows, columns, k, ranks } = case;
         let mut weights = Vec::new();
         for (site, n) in columns.into_iter().enumerate() {
-            let values = gpu.random((n, k), 50 + site as u64)?;
+            let values = gpu.random((n, k), 50 + site as u64)?.as_tensor().clone();
             let floats = values.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
             weights.push(match kind {
                 0 => Weight::FourBit(
@@ -430,7 +441,7 @@ mod tests {
         for (adapter, rank) in ranks.into_iter().enumerate() {
             for (site, n) in columns.into_iter().enumerate() {
                 let seed = (10 * adapter + site) as u64;
-                pairs.push((gpu.put(&gpu.random((rank, k), seed)?)?, gpu.put(&gpu.random((n, rank), seed + 100)?)?));
+                pairs.push((drawn(gpu, (rank, k), seed)?, drawn(gpu, (n, rank), seed + 100)?));
             }
         }
         let has = |adapter: usize, site: usize| adapter != 1 || site != 2;
@@ -451,14 +462,20 @@ mod tests {
             }
         };
         let items = |of: std::ops::Range<usize>| {
-            let item = |row: usize, &(adapter, strength): &(usize, f64)| Item { row, table: &tables[adapter], strength };
-            let list: Vec<Item> =
-                of.clone().flat_map(|row| of_row(row).iter().map(|own| item(row - of.start, own)).collect::<Vec<_>>()).collect();
+            let item = |row: usize, &(adapter, strength): &(usize, f64)| Item {
+                row,
+                table: &tables[adapter],
+                strength,
+            };
+            let list: Vec<Item> = of
+                .clone()
+                .flat_map(|row| of_row(row).iter().map(|own| item(row - of.start, own)).collect::<Vec<_>>())
+                .collect();
             let rank = ranks.into_iter().max().expect("three");
             Items::new(&list, Extent { rows: of.len(), rank, sites: vec![true; 3] }, true, &gpu.device)
         };
         let width = columns.iter().sum::<usize>() + 3;
-        let (x, y) = (gpu.put(&gpu.random((rows, k), 1)?)?, gpu.put(&gpu.random((rows, width), 2)?)?);
+        let (x, y) = (drawn(gpu, (rows, k), 1)?, drawn(gpu, (rows, width), 2)?);
         let weights: Vec<&Weight> = weights.iter().collect();
         let product = |of: std::ops::Range<usize>, adapted: bool| -> Result<Option<Tensor>> {
             let (x, y) = (x.narrow(0, of.start, of.len())?.copy()?, y.narrow(0, of.start, of.len())?.copy()?);
@@ -491,15 +508,67 @@ mod tests {
         Ok(())
     }
 
+    /// Rows of one adapter that share what is read of A, in groups that end within a block of items; wide layers.
+    #[test]
+    fn rows_that_share_an_adapter_have_the_bits_of_one_alone() -> Result<()> {
+        judge::on_gpu(|gpu| {
+            for (k, rank) in [(9, 3), (4104, 16), (16_392, 5)] {
+                let pair = |seed: u64| -> Result<(Tensor, Tensor)> {
+                    Ok((drawn(gpu, (rank, k), seed)?, drawn(gpu, (8, rank), seed + 1)?))
+                };
+                let pairs: Vec<(Tensor, Tensor)> = [3, 5].into_iter().map(pair).collect::<Result<_>>()?;
+                let of =
+                    |(a, b): &(Tensor, Tensor)| table([Some(Matrices { a, b, scale: 1.0 })], &gpu.device);
+                let tables = pairs.iter().map(of).collect::<Result<Vec<_>>>()?;
+                let (x, y) = (drawn(gpu, (11, k), 1)?, drawn(gpu, (11, 8), 2)?);
+                let item = |row: usize, of: usize| Item { row, table: &tables[of], strength: 1.0 };
+                // Rows that do not ascend: 4 and 6 of one adapter, then one that has both.
+                let rows = [
+                    (0, 0),
+                    (2, 0),
+                    (4, 0),
+                    (6, 0),
+                    (8, 0),
+                    (10, 0),
+                    (1, 1),
+                    (3, 1),
+                    (5, 1),
+                    (7, 1),
+                    (9, 0),
+                    (9, 1),
+                ];
+                let added = |rows: &[(usize, usize)]| -> Result<Tensor> {
+                    let y = y.copy()?;
+                    let list: Vec<Item> = rows.iter().map(|&(row, of)| item(row, of)).collect();
+                    let extent = Extent { rows: 11, rank, sites: vec![true] };
+                    let part = [Part { site: 0, at: 0, columns: 8 }];
+                    Items::filled_up(&list, extent, &gpu.device)?.add(&x, &y, &part, 1.0)?;
+                    y.to_device(&Device::Cpu)
+                };
+                let found = added(&rows)?;
+                for row in 0..11 {
+                    let own: Vec<(usize, usize)> = rows.into_iter().filter(|(at, _)| *at == row).collect();
+                    gpu.within(
+                        0.0,
+                        &added(&own)?.narrow(0, row, 1)?.copy()?,
+                        &found.narrow(0, row, 1)?.copy()?,
+                    )?;
+                }
+            }
+            Ok(())
+        })
+    }
+
     /// Norms and activations by the launch that makes `x A^T`, too: the bits of one after the other.
     #[test]
     fn a_launch_makes_the_layers_input_and_its_low_ranks() -> Result<()> {
         judge::on_gpu(|gpu| {
-            for (rows, k, rank) in [(1, 64, 16), (5, 584, 8), (9, 2056, 24)] {
-                let (a, b) = (gpu.put(&gpu.random((rank, k), 3)?)?, gpu.put(&gpu.random((40, rank), 4)?)?);
+            for (rows, k, rank) in [(1, 64, 16), (5, 584, 8), (7, 4104, 24), (3, 8200, 16)] {
+                let (a, b) = (drawn(gpu, (rank, k), 3)?, drawn(gpu, (40, rank), 4)?);
                 let pair = |scale| Some(Matrices { a: &a, b: &b, scale });
                 let table = table([pair(0.5), None, pair(2.0)], &gpu.device)?;
-                let list: Vec<Item> = (0..rows).step_by(2).map(|row| Item { row, table: &table, strength: 0.5 }).collect();
+                let list: Vec<Item> =
+                    (0..rows).step_by(2).map(|row| Item { row, table: &table, strength: 0.5 }).collect();
                 let extent = Extent { rows, rank, sites: vec![true, false, true] };
                 let items = Items::filled_up(&list, extent, &gpu.device)?;
                 let check = |source: &Source, expected: &Tensor| -> Result<()> {
@@ -509,20 +578,20 @@ mod tests {
                     let Some((x, low)) = found else { return Ok(()) };
                     gpu.within(0.0, &x, &expected.to_device(&Device::Cpu)?)?;
                     let parts = [0, 1, 2].map(|site| Part { site, at: 40 * site, columns: 40 });
-                    let y = gpu.put(&gpu.random((rows, 120), 5)?)?;
+                    let y = drawn(gpu, (rows, 120), 5)?;
                     let apart = y.copy()?;
                     low.expand(&y, &parts)?;
                     items.add(expected, &apart, &parts, 1.5)?;
                     gpu.within(0.0, &y, &apart.to_device(&Device::Cpu)?)
                 };
-                let x = gpu.put(&gpu.random((rows, k), 1)?)?;
-                let weight = gpu.put_as(DType::F32, &gpu.random(k, 2)?)?;
+                let x = drawn(gpu, (rows, k), 1)?;
+                let weight = gpu.put_as(DType::F32, gpu.random(k, 2)?.as_tensor())?;
                 let source = Source::Norm { x: &x, weight: &weight, eps: 1e-5 };
                 check(&source, &rms_norm::forward(&x, &weight, 1e-5)?)?;
                 for function in [Function::Silu, Function::GeluTanh, Function::GeluErf] {
                     for gated in [true, false] {
                         let activation = Activation { function, gated };
-                        let x = gpu.put(&gpu.random((rows, if gated { 2 * k } else { k }), 6)?)?;
+                        let x = drawn(gpu, (rows, if gated { 2 * k } else { k }), 6)?;
                         let expected = activation::forward(&x, activation)?;
                         check(&Source::Activation { x: &x, activation }, &expected)?;
                     }

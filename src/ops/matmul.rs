@@ -193,8 +193,8 @@ fn with_few<T: Real, R>(
 
 /// Writes `alpha * x W^T + base` for weights side by side whose columns begin at `at`, in one launch, with the
 /// bits of `forward_apart`. `base` is as wide as y, and may be y. False if there is no kernel for this; then
-/// nothing was done. `low` is asked once there is one; the launch adds what adapters make of it, before it rounds. A row
-/// without adapters keeps its bits.
+/// nothing was done. `low` is asked once there is one; the launch adds what adapters make of it, before it rounds. A
+/// row without adapters keeps its bits.
 #[cfg(feature = "cuda")]
 pub fn few_rows<'a>(
     x: &Tensor,
@@ -376,9 +376,11 @@ mod gpu {
         /// `None`: no kernel takes these weights with an output of this type.
         fn of(weights: &[&Weight], y: DType) -> Option<Sides> {
             match weights[0] {
-                Weight::FourBit(first) if y == DType::BF16 => {
-                    weights.iter().map(|weight| four_bit(weight, first)).collect::<Option<_>>().map(Sides::FourBit)
-                }
+                Weight::FourBit(first) if y == DType::BF16 => weights
+                    .iter()
+                    .map(|weight| four_bit(weight, first))
+                    .collect::<Option<_>>()
+                    .map(Sides::FourBit),
                 Weight::Dense(_) => {
                     let part = |weight: &&Weight| match weight {
                         Weight::Dense(tensor) if tensor.dtype() == DType::BF16 => Some(tensor.clone()),
