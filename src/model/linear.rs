@@ -9,7 +9,7 @@ use crate::ops::adapters;
 use crate::ops::change::Change;
 use crate::ops::fp8::{self, Scaled};
 use crate::ops::matmul::{self, Weight};
-use crate::ops::{bias, unwritten};
+use crate::ops::{bias, row_pairs, unwritten};
 
 use super::dora::Way;
 use super::inside::spare_in;
@@ -105,6 +105,15 @@ impl Linear {
         #[cfg(feature = "cuda")]
         if few_rows(std::slice::from_ref(self), x, &sum, 0, Some(&sum), pass)? {
             return Ok((sum, None));
+        }
+        if has_short_rows(x, pass)? {
+            let (weights, factor, precision) = ([&self.weight], self.factor, pass.precision);
+            let product = || matmul::short_rows(x, &weights, factor, &sum, 0, 1.0, precision);
+            match with_short_rows(&[(0, self)], x, &sum, pass, product)? {
+                Some(true) => return Ok((sum, None)),
+                Some(false) => return pass.lora.forward(self, x, &sum, 0, pass).map(|low| (sum, low)),
+                None => {}
+            }
         }
         self.product(x, None, &sum, 0, 1.0, pass)?;
         let low = pass.lora.forward(self, x, &sum, 0, pass)?;
@@ -254,8 +263,8 @@ fn served_side_by_side(parts: &[Linear], x: &Tensor, y: &Tensor, pass: &Pass) ->
             }
         }
     }
-    if pass.apart && x.device().is_cpu() && short_side_by_side(parts, x, y, pass)? {
-        return Ok(false);
+    if let Some(added) = short_side_by_side(parts, x, y, pass)? {
+        return Ok(added);
     }
     columns(parts).try_for_each(|(at, part)| part.base(x, y, at, false, pass)).map(|()| false)
 }
@@ -314,14 +323,47 @@ pub(super) fn few_rows_with(
     Ok(true)
 }
 
-/// The parts of a step on a CPU whose rows are all short, if the parts have one factor and no bias. False if not.
-fn short_side_by_side(parts: &[Linear], x: &Tensor, y: &Tensor, pass: &Pass) -> Result<bool> {
-    let factor = parts[0].factor;
-    if x.dim(0)? != pass.short || parts.iter().any(|part| part.factor != factor || part.bias.is_some()) {
-        return Ok(false);
+/// The parts of a step on a CPU whose rows are all short, if the parts have one factor and no bias. Returns whether
+/// what finished adapters make of x is added, too. `None`: nothing was done.
+fn short_side_by_side(parts: &[Linear], x: &Tensor, y: &Tensor, pass: &Pass) -> Result<Option<bool>> {
+    let (factor, precision) = (parts[0].factor, pass.precision);
+    if !has_short_rows(x, pass)? || parts.iter().any(|part| part.factor != factor || part.bias.is_some()) {
+        return Ok(None);
     }
     let weights: Vec<&Weight> = parts.iter().map(|part| &part.weight).collect();
-    matmul::short_rows(x, &weights, factor, y, 0, 0.0, pass.precision)
+    let product = || matmul::short_rows(x, &weights, factor, y, 0, 0.0, precision);
+    with_short_rows(&columns(parts).collect::<Vec<_>>(), x, y, pass, product)
+}
+
+/// Returns whether all rows of x belong to short segments of a step on a CPU.
+fn has_short_rows(x: &Tensor, pass: &Pass) -> Result<bool> {
+    Ok(pass.apart && x.device().is_cpu() && x.dim(0)? == pass.short)
+}
+
+/// A product of short rows, with what finished adapters make of x: A's part beside the product, B's behind it. Returns
+/// whether the adapters are added. `None`: no kernel takes the product; nothing was done.
+fn with_short_rows(
+    linears: &[(usize, &Linear)],
+    x: &Tensor,
+    y: &Tensor,
+    pass: &Pass,
+    product: impl FnOnce() -> Result<bool> + Send,
+) -> Result<Option<bool>> {
+    let layers = match &pass.lora {
+        Lora::Mixed(mixture) if !mixture.has_magnitudes() => mixture.short_layers(linears, pass)?,
+        _ => None,
+    };
+    let Some(layers) = layers.filter(|layers| layers.iter().any(|layer| !layer.pairs.is_empty())) else {
+        return Ok(product()?.then_some(false));
+    };
+    let (done, lows) = row_pairs::lows_beside(x, &layers, pass.precision, product);
+    if !done? {
+        return Ok(None);
+    }
+    match lows? {
+        Some(lows) => row_pairs::add_lows(y, &layers, &lows, pass.precision).map(|()| Some(true)),
+        None => Ok(Some(false)),
+    }
 }
 
 /// Returns the gradient of x, or `None` if nothing needs it (`lowest`). dy has as many spare columns as `spare_in`

@@ -15,7 +15,12 @@ use super::norm::Norm;
 use super::pass::Pass;
 
 /// The outputs of layers side by side that read the norm of x. `None`: the operations are done one after the other.
-pub fn side_by_side(norm: &Option<Norm>, x: &Tensor, parts: &[Linear], pass: &Pass) -> Result<Option<Tensor>> {
+pub fn side_by_side(
+    norm: &Option<Norm>,
+    x: &Tensor,
+    parts: &[Linear],
+    pass: &Pass,
+) -> Result<Option<Tensor>> {
     let Some(Norm::Rms { weight, eps }) = norm else { return Ok(None) };
     let Some(mixture) = mixture(parts, x, pass) else { return Ok(None) };
     let Some((input, low)) = mixture.make(parts, &Source::Norm { x, weight, eps: *eps }, x)? else {
@@ -56,7 +61,8 @@ pub fn onto(
 /// The adapters of the step, if a product of few rows takes these layers as they are.
 fn mixture<'a>(parts: &[Linear], x: &Tensor, pass: &Pass<'a>) -> Option<&'a Mixture<'a>> {
     let Lora::Mixed(mixture) = pass.lora else { return None };
-    let alike = |part: &Linear| part.factor == parts[0].factor && part.bias.is_some() == parts[0].bias.is_some();
+    let alike =
+        |part: &Linear| part.factor == parts[0].factor && part.bias.is_some() == parts[0].bias.is_some();
     let weights: Vec<&Weight> = parts.iter().map(|part| &part.weight).collect();
     let takes = || x.dim(0).is_ok_and(|rows| matmul::has_few_rows(rows, &weights));
     let on = pass.apart && x.device().is_cuda() && Change::Added.is_on();
