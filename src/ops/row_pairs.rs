@@ -168,22 +168,24 @@ const ROWS: usize = 4;
 /// The sum of w * x for each x, whose order depends on the length alone.
 #[inline(always)]
 fn dots<W: Copy, const N: usize>(w: &[W], x: [&[f32]; N], wide: impl Fn(W) -> f32) -> [f32; N] {
-    let ((w_chunks, w_rest), x) = (w.as_chunks::<LANES>(), x.map(|x| x.as_chunks::<LANES>()));
+    let (w_chunks, w_rest) = w.as_chunks::<LANES>();
     let mut lanes = [[0f32; LANES]; N];
     for (at, w) in w_chunks.iter().enumerate() {
-        for (lanes, (x, _)) in lanes.iter_mut().zip(&x) {
-            let x = &x[at];
+        for (lanes, x) in lanes.iter_mut().zip(&x) {
+            let x = &x[LANES * at..][..LANES];
             for i in 0..LANES {
                 lanes[i] = wide(w[i]).mul_add(x[i], lanes[i]);
             }
         }
     }
-    for (lanes, (_, x)) in lanes.iter_mut().zip(&x) {
-        for ((w, x), lane) in w_rest.iter().zip(*x).zip(lanes) {
+    let mut sums = [0f32; N];
+    for ((sum, mut lanes), x) in sums.iter_mut().zip(lanes).zip(&x) {
+        for ((w, x), lane) in w_rest.iter().zip(&x[LANES * w_chunks.len()..]).zip(&mut lanes) {
             *lane = wide(*w).mul_add(*x, *lane);
         }
+        *sum = folded(lanes);
     }
-    lanes.map(folded)
+    sums
 }
 
 #[inline(always)]
@@ -249,8 +251,12 @@ fn through_a(x: &[f32], k: usize, pairs: &[&Pair], a: &[Values], precision: Prec
                         let (several, rest) = found.as_chunks_mut::<ROWS>();
                         let behind = ROWS * several.len();
                         for (number, found) in several.iter_mut().enumerate() {
-                            let x: [&[f32]; ROWS] = std::array::from_fn(|at| row(ROWS * number + at));
-                            *found = dots(w, x, wide).map(|sum| rounded(sum, precision));
+                            let first = ROWS * number;
+                            let x: [&[f32]; ROWS] =
+                                [row(first), row(first + 1), row(first + 2), row(first + 3)];
+                            for (found, sum) in found.iter_mut().zip(dots(w, x, wide)) {
+                                *found = rounded(sum, precision);
+                            }
                         }
                         for (number, found) in rest.iter_mut().enumerate() {
                             let [sum] = dots(w, [row(behind + number)], wide);
