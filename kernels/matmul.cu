@@ -9,6 +9,10 @@
 //
 // A block owns 16 * BANDS columns of y. Its warps take groups of 128 k by turns; their sums are added in the order
 // of the warps. The order of a sum depends on k alone: a row's bits are the same whatever rows are beside it.
+//
+// The kernels named `..._adapted` add what adapters make of their rows before a value is rounded. A row without an
+// adapter has the bits of the others.
+#include "adapters.cuh"
 #include "four_bit.cuh"
 
 constexpr int WARPS = 8;
@@ -87,10 +91,10 @@ struct Dense {
 };
 
 // TILES tiles of eight rows of x; y's rows and those of `base`, if it is there, are `stride` apart and their
-// columns begin at `at`.
-template <typename Y, typename Weight, int TILES, int BANDS>
+// columns begin at `at`. `added` is Nothing or Added.
+template <typename Y, typename Weight, int TILES, int BANDS, typename Beside>
 __device__ __forceinline__ void few(const Weight& weight, const bf16* x, Y* y, const Y* base, int m, int stride, int at,
-                                    float alpha) {
+                                    float alpha, const Beside& added) {
     constexpr int ROWS = 16 * BANDS, COLUMNS = 8 * TILES;
     constexpr bool EARLY = Weight::EARLY || TILES < 8;
     SHARED_ARRAY(float, sums, ROWS * COLUMNS);
@@ -104,6 +108,7 @@ __device__ __forceinline__ void few(const Weight& weight, const bf16* x, Y* y, c
         for (int band = 0; band < BANDS; ++band) weight.load(part[band], own + band * 16 + g, group, t);
     };
     if (EARLY && warp < groups) load(warp);
+    added.find(m, own, min(ROWS, weight.rows - own));
     for (int group = warp; group < groups; group += WARPS) {
         if (!EARLY) load(group);
         typename Weight::Part now[BANDS];
@@ -152,8 +157,9 @@ __device__ __forceinline__ void few(const Weight& weight, const bf16* x, Y* y, c
         const int row = i / ROWS, column = own + i % ROWS;
         if (row >= m || column >= weight.rows) continue;
         const uint64_t to = (uint64_t)row * stride + at + column;
-        const float value = alpha * sums[i];
-        y[to] = narrow<Y>(base == nullptr ? value : value + widen(base[to]));
+        // Nothing is left to nvcc to fuse, so that all kernels give a row the same bits.
+        const float value = base == nullptr ? __fmul_rn(alpha, sums[i]) : __fmaf_rn(alpha, sums[i], widen(base[to]));
+        y[to] = narrow<Y>(added.onto(value, row, column));
     }
 }
 
@@ -163,40 +169,67 @@ __device__ __forceinline__ void few(const Weight& weight, const bf16* x, Y* y, c
 #define FOUR_BIT_PARAMETERS(i) const uint8_t *packed_##i, const uint8_t *codes_##i, const float *absmax_##i, float offset_##i, int n_##i
 #define DENSE_PARAMETERS(i) const bf16 *weight_##i, int n_##i
 
-template <typename Y, int TILES, int BANDS>
+template <typename Y, int TILES, int BANDS, typename Beside>
 __device__ __forceinline__ void few_four_bit(const uint8_t* packed, const uint8_t* codes, const float* absmax, float offset,
                                              int n, const bf16* x, Y* y, const Y* base, int m, int k, int stride, int at,
-                                             int width_log2, int code, float alpha) {
+                                             int width_log2, int code, float alpha, const Beside& added) {
     SHARED_ARRAY(float, values, 16);
     SHARED_ARRAY(float, map, 256);
     if (threadIdx.x < 16) values[threadIdx.x] = CODES[code][threadIdx.x];
     if (codes != nullptr) map[threadIdx.x] = dynamic_map(threadIdx.x);
     __syncthreads();
     const FourBit weight = {packed, {codes, absmax, map, offset}, values, width_log2, n, k};
-    few<Y, FourBit, TILES, BANDS>(weight, x, y, base, m, stride, at, alpha);
+    few<Y, FourBit, TILES, BANDS>(weight, x, y, base, m, stride, at, alpha, added);
 }
+
+// The adapters of the step's rows, for the block's weight.
+#define ADAPTERS_PARAMETERS                                                                                            \
+    const float *low, const uint32_t *items, const uint32_t *rows, int count, int rank_max, float factor, int site_0, \
+        int site_1, int site_2
+#define ADDED(TILES)                                                                                                \
+    SHARED_ARRAY(First, firsts, 8 * TILES);                                                                         \
+    const Added<bf16> added = {low + (uint64_t)blockIdx.z * count * rank_max, items, rows, rank_max, PICK(site), \
+                               factor, firsts}
 
 // Rows of x up to 8 * TILES. More bands read x less often, fewer make more blocks; no kernel takes more registers
 // than there are.
-#define FEW_FOUR_BIT(TILES, BANDS, BLOCKS)                                                                                \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) matmul_few_four_bit_##TILES##_bf16(                  \
-        FOUR_BIT_PARAMETERS(0), FOUR_BIT_PARAMETERS(1), FOUR_BIT_PARAMETERS(2), const bf16* x, bf16* y, const bf16* base, \
-        int m, int k, int stride, int at, int width_log2, int code, float alpha) {                                        \
-        wait_for_earlier_kernels();                                                                                       \
-        few_four_bit<bf16, TILES, BANDS>(PICK(packed), PICK(codes), PICK(absmax), PICK(offset), PICK(n), x, y, base, m, k, \
-                                         stride, AT, width_log2, code, alpha);                                            \
+#define FOUR_BIT_OF_ALL                                                                                                     \
+    FOUR_BIT_PARAMETERS(0), FOUR_BIT_PARAMETERS(1), FOUR_BIT_PARAMETERS(2), const bf16 *x, bf16 *y, const bf16 *base, int m, \
+        int k, int stride, int at, int width_log2, int code, float alpha
+#define FOUR_BIT_OF_BLOCK                                                                                                \
+    PICK(packed), PICK(codes), PICK(absmax), PICK(offset), PICK(n), x, y, base, m, k, stride, AT, width_log2, code, alpha
+#define FEW_FOUR_BIT(TILES, BANDS, BLOCKS, ADAPTED_BLOCKS)                                                                              \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                    \
+        matmul_few_four_bit_##TILES##_bf16(FOUR_BIT_OF_ALL) {                                                           \
+        wait_for_earlier_kernels();                                                                                     \
+        few_four_bit<bf16, TILES, BANDS>(FOUR_BIT_OF_BLOCK, Nothing());                                                 \
+    }                                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, ADAPTED_BLOCKS)                                                    \
+        matmul_few_four_bit_##TILES##_adapted_bf16(FOUR_BIT_OF_ALL, ADAPTERS_PARAMETERS) {                              \
+        wait_for_earlier_kernels();                                                                                     \
+        ADDED(TILES);                                                                                                   \
+        few_four_bit<bf16, TILES, BANDS>(FOUR_BIT_OF_BLOCK, added);                                                     \
     }
-#define FEW_DENSE(Y, type, TILES, BANDS, BLOCKS)                                                                         \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                     \
-        matmul_few_dense_##TILES##_##type(DENSE_PARAMETERS(0), DENSE_PARAMETERS(1), DENSE_PARAMETERS(2), const bf16* x,  \
-                                          Y* y, const Y* base, int m, int k, int stride, int at, float alpha) {          \
-        wait_for_earlier_kernels();                                                                                      \
-        few<Y, Dense, TILES, BANDS>(Dense{PICK(weight), PICK(n), k}, x, y, base, m, stride, AT, alpha);                  \
+#define DENSE_OF_ALL(Y)                                                                                              \
+    DENSE_PARAMETERS(0), DENSE_PARAMETERS(1), DENSE_PARAMETERS(2), const bf16 *x, Y *y, const Y *base, int m, int k, \
+        int stride, int at, float alpha
+#define DENSE_OF_BLOCK Dense{PICK(weight), PICK(n), k}, x, y, base, m, stride, AT, alpha
+#define FEW_DENSE(Y, type, TILES, BANDS, BLOCKS)                                                                       \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) matmul_few_dense_##TILES##_##type(DENSE_OF_ALL(Y)) { \
+        wait_for_earlier_kernels();                                                                                     \
+        few<Y, Dense, TILES, BANDS>(DENSE_OF_BLOCK, Nothing());                                                        \
     }
-FEW_FOUR_BIT(1, 1, 2)
-FEW_FOUR_BIT(2, 2, 1)
-FEW_FOUR_BIT(4, 2, 1)
-FEW_FOUR_BIT(8, 2, 1)
+#define FEW_DENSE_ADAPTED(TILES, BANDS, BLOCKS)                                          \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                     \
+        matmul_few_dense_##TILES##_adapted_bf16(DENSE_OF_ALL(bf16), ADAPTERS_PARAMETERS) { \
+        wait_for_earlier_kernels();                                                      \
+        ADDED(TILES);                                                                    \
+        few<bf16, Dense, TILES, BANDS>(DENSE_OF_BLOCK, added);                           \
+    }
+FEW_FOUR_BIT(1, 1, 2, 3)
+FEW_FOUR_BIT(2, 2, 1, 2)
+FEW_FOUR_BIT(4, 2, 1, 1)
+FEW_FOUR_BIT(8, 2, 1, 1)
 FEW_DENSE(bf16, bf16, 1, 1, 2)
 FEW_DENSE(bf16, bf16, 2, 2, 1)
 FEW_DENSE(bf16, bf16, 4, 1, 1)
@@ -205,3 +238,7 @@ FEW_DENSE(float, f32, 1, 1, 2)
 FEW_DENSE(float, f32, 2, 2, 1)
 FEW_DENSE(float, f32, 4, 1, 1)
 FEW_DENSE(float, f32, 8, 1, 1)
+FEW_DENSE_ADAPTED(1, 1, 2)
+FEW_DENSE_ADAPTED(2, 2, 1)
+FEW_DENSE_ADAPTED(4, 1, 1)
+FEW_DENSE_ADAPTED(8, 1, 1)

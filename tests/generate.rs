@@ -77,6 +77,26 @@ fn load_both(engine: &Engine, name: &str) {
     engine.load_adapter("b", second.path()).unwrap();
 }
 
+/// Loads adapter "a" with magnitudes (DoRA) as "c".
+fn load_with_magnitudes(engine: &Engine, name: &str) {
+    let (plain, folder) = (golden(name).join("final_adapter"), tempfile::tempdir().unwrap());
+    let config = std::fs::read(plain.join(adapter::CONFIG_FILE)).unwrap();
+    let mut config: Value = serde_json::from_slice(&config).unwrap();
+    config["use_dora"] = true.into();
+    std::fs::write(folder.path().join(adapter::CONFIG_FILE), config.to_string()).unwrap();
+    let mut tensors =
+        candle_core::safetensors::load(plain.join(adapter::WEIGHTS_FILE), &Device::Cpu).unwrap();
+    for (name, tensor) in tensors.clone() {
+        if let Some(site) = name.strip_suffix(".lora_B.weight") {
+            let magnitudes =
+                Tensor::ones(tensor.dim(0).unwrap(), candle_core::DType::F32, &Device::Cpu).unwrap();
+            tensors.insert(format!("{site}.lora_magnitude_vector"), magnitudes);
+        }
+    }
+    candle_core::safetensors::save(&tensors, folder.path().join(adapter::WEIGHTS_FILE)).unwrap();
+    engine.load_adapter("c", folder.path()).unwrap();
+}
+
 struct Done {
     prompt: Vec<Scored>,
     tokens: Vec<Scored>,
@@ -660,6 +680,7 @@ fn a_gpu_draws_what_the_host_draws() {
 
 fn neighbours(engine: &Engine, name: &str, prompts: [usize; 6]) {
     load_both(engine, name);
+    load_with_magnitudes(engine, name);
     let request = |i: usize| {
         let prompt = (0..prompts[i]).map(|at| ((at * at * 7 + at * 31 + i * 13) % 300) as u32);
         let mixes: [&[(&str, f32)]; 3] = [&[], &[("b", 0.4), ("a", 1.0)], &[("a", 1.0)]];
@@ -670,7 +691,7 @@ fn neighbours(engine: &Engine, name: &str, prompts: [usize; 6]) {
             ..generate::Sampling::greedy()
         };
         Request {
-            adapters: strengths(mixes[i % 3]),
+            adapters: strengths(if i == 5 { &[("c", 0.7)] } else { mixes[i % 3] }),
             sampling,
             logprobs: Some(3),
             prompt_logprobs: (i == 1).then_some(1),

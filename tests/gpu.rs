@@ -483,13 +483,15 @@ fn what_a_decoded_token_asks_of_the_device() {
     // (model, sequences, adapters): launches, products, waits, copies and bytes to the host, copies to the device,
     // launches of a graph.
     // A layer of nine launches: norm, q k v, rope with keeping, attention, output, norm, gate and up, activation, down;
-    // eight more for adapters, two for each input that layers read. Around the layers: embedding, angles, norm,
+    // one more for adapters, of attention's output: other inputs come from the launches that make them, if few rows have
+    // adapters. Around the layers: embedding, angles, norm,
     // head, the largest logit. Four bytes a token go to the host.
     let expected = [
         (("llama3", 1, false), [23, 0, 0, 1, 4, 7, 0]),
-        (("llama3", 3, true), [39, 0, 0, 1, 12, 9, 0]),
+        (("llama3", 3, true), [25, 0, 0, 1, 12, 9, 0]),
         (("phi3", 1, false), [23, 0, 0, 1, 4, 7, 0]),
-        (("phi3", 3, true), [39, 0, 0, 1, 12, 9, 0]),
+        (("phi3", 3, true), [25, 0, 0, 1, 12, 9, 0]),
+        (("phi3", 32, true), [31, 0, 0, 1, 128, 9, 0]),
     ];
     // A graph needs one launch and one wait. Its copies are not asked for by themselves. Three rows are filled up to
     // four.
@@ -514,7 +516,10 @@ fn what_a_decoded_token_asks_of_the_device() {
             let parts = (0..sequences).filter(|_| adapted).map(part).collect();
             let mixture = Mixture::new(parts);
             if graphs {
-                let decoded = decoder.decode(&step, &mut cache, &mixture, None, 4).unwrap().expect("a graph");
+                let decoded = decoder
+                    .decode(&step, &mut cache, &mixture, None, sequences.max(4))
+                    .unwrap()
+                    .expect("a graph");
                 assert_eq!(decoded.tokens.len(), sequences);
             } else {
                 let logits = decoder.step(&step, &mut cache, Lora::Mixed(&mixture)).unwrap();

@@ -169,6 +169,7 @@ const LONG: &[(&str, &str, &str)] = &[
     ("src/facts/shapes.rs", "config", "a table of models"),
     ("src/model/judge.rs", "cases", "one list of cases"),
     ("src/ops/adapters.rs", "every_row_gets_the_sum_of_its_own_adapters", "one case with its slow oracle"),
+    ("src/ops/adapters.rs", "product_with_adapters", "one case with its slow oracle"),
     ("src/ops/attention.rs", "backward_group", "one derivation, read from top to bottom"),
     (
         "src/ops/attention/cached.rs",

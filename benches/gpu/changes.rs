@@ -27,9 +27,10 @@ use super::{Result, decoder, median, memory, steps, train};
 /// The changes of a list of names; all if it is empty.
 fn chosen(names: &str) -> Vec<Change> {
     let wanted: Vec<&str> = names.split(',').filter(|name| !name.is_empty()).collect();
-    // Graphs are of serving: `ours serve` measures both sides.
+    // These are of serving: `ours serve` measures both sides.
+    let is_served = |change: &Change| matches!(change, Change::Graphs | Change::Added);
     let is_wanted =
-        |change: &Change| *change != Change::Graphs && (wanted.is_empty() || wanted.contains(&change.name()));
+        |change: &Change| !is_served(change) && (wanted.is_empty() || wanted.contains(&change.name()));
     Change::ALL.into_iter().filter(is_wanted).collect()
 }
 

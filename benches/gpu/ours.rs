@@ -384,22 +384,27 @@ fn serve(
                     Request { adapters: adapter.iter().copied().map(strength).collect(), ..request }
                 })
                 .collect();
-            // Without steps recorded as graphs, without kernels that begin early in these, and with both, in turn.
-            let mut sides = [Vec::new(), Vec::new(), Vec::new()];
-            for side in (0..SERVE_RUNS).flat_map(|_| [0, 1, 2]) {
-                let without = [Some(Change::Graphs), Some(Change::Early), None][side];
-                without.into_iter().for_each(|change| change.set(false));
+            // In turn: launch by launch; as graphs without kernels that begin early; as graphs; as graphs with launches of
+            // their own for what adapters add.
+            let mut sides = [Vec::new(), Vec::new(), Vec::new(), Vec::new()];
+            let off = [Some(Change::Graphs), Some(Change::Early), None, Some(Change::Added).filter(|_| adapters > 0)];
+            for (side, off) in (0..SERVE_RUNS).flat_map(|_| off.into_iter().enumerate()) {
+                if side == 3 && off.is_none() {
+                    continue;
+                }
+                off.iter().for_each(|change| change.set(false));
                 let ran = generated(&engine, &requests);
-                without.into_iter().for_each(|change| change.set(true));
+                off.iter().for_each(|change| change.set(true));
                 sides[side].push(ran?);
             }
-            let [without, late, with] = sides.each_ref().map(|runs| rates(runs));
-            let [plain, _, runs] = &sides;
+            let [without, late, with, apart] = sides.each_ref().map(|runs| rates(runs));
+            let [plain, _, runs, _] = &sides;
             found.push(json!({
                 "batch": batch, "adapters": name, "tokens_per_second": with[SERVE_RUNS / 2], "rates": with,
                 "seconds_to_first": runs[SERVE_RUNS / 2].first_seconds,
                 "launches_a_step": runs[SERVE_RUNS - 1].launches_a_step,
-                "rates_without_early": late, "rates_without_graphs": without, "launches_a_step_without_graphs": plain[0].launches_a_step,
+                "rates_without_early": late, "rates_without_graphs": without, "rates_without_added": apart,
+                "launches_a_step_without_graphs": plain[0].launches_a_step,
             }));
             write(&json!({ "contender": "hone", "load_seconds": load_seconds, "serving": &found }))?;
         }

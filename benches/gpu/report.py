@@ -79,10 +79,10 @@ def several(result):
     return table(["several GPUs", "tokens/s", "efficiency", "s median", "loss"], rows) + "\n" + result.get("error", "")
 
 
-def without(change, of):
-    """The median rate of a case without a change."""
+def without(of, change):
+    """The median rate of a case without a change, if it was measured."""
     rates = of.get(f"rates_without_{change}")
-    return rates and rates[len(rates) // 2]
+    return rates[len(rates) // 2] if rates else None
 
 
 def serving(found):
@@ -97,9 +97,10 @@ def serving(found):
             base.setdefault(of["batch"], rate)
             beside = reference.get(of["batch"])
             rows.append([result.get("contender"), of["batch"], of["adapters"], rate, rate / beside if beside else None,
-                         1 - rate / base[of["batch"]], without("early", of), without("graphs", of), of.get("launches_a_step"), of.get("seconds_to_first"),
-                         result.get("first_token_after_start_seconds")])
-    return rows and table(["serving", "batch", "adapters", "tokens/s", "times reference", "cost of adapters", "without early", "without graphs", "launches a step",
+                         1 - rate / base[of["batch"]], without(of, "early"), without(of, "graphs"), without(of, "added"), of.get("launches_a_step"),
+                         of.get("seconds_to_first"), result.get("first_token_after_start_seconds")])
+    return rows and table(["serving", "batch", "adapters", "tokens/s", "times reference", "cost of adapters", "without early", "without graphs",
+                           "adapters apart", "launches a step",
                            "s to first", "s from start to first"], rows)
 
 

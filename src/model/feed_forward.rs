@@ -14,6 +14,8 @@ use crate::ops::unwritten;
 use super::inside::spare_in;
 use super::linear::{self, Linear, side_by_side, side_by_side_backward};
 use super::lora::Low;
+#[cfg(feature = "cuda")]
+use super::made;
 use super::norm::{self, Norm, Normed};
 use super::pass::Pass;
 
@@ -135,6 +137,12 @@ impl FeedForward {
     /// needs.
     pub fn forward(&self, input: &Tensor, residual: &Tensor, pass: &Pass) -> Result<(Tensor, Whole)> {
         let (dense, gate_up) = (self.dense(), self.gate_up(input, pass)?);
+        #[cfg(feature = "cuda")]
+        if self.post_norm.is_none()
+            && let Some(sum) = made::onto(&gate_up.values, dense.activation, &dense.down, residual, pass)?
+        {
+            return Ok((sum, Whole { gate_up, branch: None, low: None }));
+        }
         let activated = self.activated(&gate_up, pass)?;
         let added = norm::join(&dense.down, &self.post_norm, &activated, residual, pass)?;
         let low = self.kept_low(added.low, &activated, pass)?;
@@ -174,6 +182,10 @@ impl FeedForward {
     }
 
     fn gate_up(&self, input: &Tensor, pass: &Pass) -> Result<GateUp> {
+        #[cfg(feature = "cuda")]
+        if let Some(values) = made::side_by_side(&self.norm, input, &self.dense().gate_up, pass)? {
+            return Ok(GateUp { values, scales: None, lows: Vec::new() });
+        }
         let spare = spare_in(&self.dense().gate_up, input.dim(0)?, input.device(), pass);
         let (normed, scales) = norm::forward_beside(&self.norm, input, spare)?;
         let (values, lows) = side_by_side(&self.dense().gate_up, &normed, pass)?;

@@ -3,9 +3,13 @@
 
 use candle_core::{Device, Result, Tensor};
 
+#[cfg(feature = "cuda")]
+use crate::ops::adapters;
+#[cfg(feature = "cuda")]
+use crate::ops::change::Change;
 use crate::ops::fp8::{self, Scaled};
 use crate::ops::matmul::{self, Weight};
-use crate::ops::{bias, unwritten};
+use crate::ops::{bias, row_pairs, unwritten};
 
 use super::dora::Way;
 use super::inside::spare_in;
@@ -58,7 +62,12 @@ impl Linear {
         {
             return training.forward_dora(self, pair, x, y, at, add, Way::of(pass));
         }
-        self.base(x, rounded, y, at, add, pass)?;
+        let added_to = self.begin(y, at, add)?;
+        #[cfg(feature = "cuda")]
+        if few_rows(std::slice::from_ref(self), x, y, at, added_to.then_some(y), pass)? {
+            return Ok(None);
+        }
+        self.product(x, rounded, y, at, if added_to { 1.0 } else { 0.0 }, pass)?;
         pass.lora.forward(self, x, y, at, pass)
     }
 
@@ -67,9 +76,8 @@ impl Linear {
         #[cfg(feature = "cuda")]
         if pass.apart && x.device().is_cuda() && self.bias.is_none() {
             let sum = unwritten(residual.shape(), residual.dtype(), residual.device())?;
-            if matmul::few_rows(x, &[&self.weight], self.factor, &sum, 0, Some(residual))? {
-                let low = pass.lora.forward(self, x, &sum, 0, pass)?;
-                return Ok((sum, low));
+            if few_rows(std::slice::from_ref(self), x, &sum, 0, Some(residual), pass)? {
+                return Ok((sum, None));
             }
         }
         #[cfg(feature = "cuda")]
@@ -94,28 +102,36 @@ impl Linear {
             Some(bias) => bias::onto(bias, residual)?,
             None => residual.copy()?,
         };
+        #[cfg(feature = "cuda")]
+        if few_rows(std::slice::from_ref(self), x, &sum, 0, Some(&sum), pass)? {
+            return Ok((sum, None));
+        }
+        if has_short_rows(x, pass)? {
+            let (weights, factor, precision) = ([&self.weight], self.factor, pass.precision);
+            let product = || matmul::short_rows(x, &weights, factor, &sum, 0, 1.0, precision);
+            match with_short_rows(&[(0, self)], x, &sum, pass, product)? {
+                Some(true) => return Ok((sum, None)),
+                Some(false) => return pass.lora.forward(self, x, &sum, 0, pass).map(|low| (sum, low)),
+                None => {}
+            }
+        }
         self.product(x, None, &sum, 0, 1.0, pass)?;
         let low = pass.lora.forward(self, x, &sum, 0, pass)?;
         Ok((sum, low))
     }
 
-    /// `forward` without an adapter.
-    #[allow(clippy::too_many_arguments)]
-    fn base(
-        &self,
-        x: &Tensor,
-        rounded: Option<&Scaled>,
-        y: &Tensor,
-        at: usize,
-        add: bool,
-        pass: &Pass,
-    ) -> Result<()> {
-        let mut beta = if add { 1.0 } else { 0.0 };
+    /// Writes or adds the bias. Returns whether the product is added to what y[:, at..at+N] has then.
+    pub(super) fn begin(&self, y: &Tensor, at: usize, add: bool) -> Result<bool> {
         if let Some(bias) = &self.bias {
             bias::apply(bias, y, at, add)?;
-            beta = 1.0;
         }
-        self.product(x, rounded, y, at, beta, pass)
+        Ok(add || self.bias.is_some())
+    }
+
+    /// `forward` without an adapter.
+    fn base(&self, x: &Tensor, y: &Tensor, at: usize, add: bool, pass: &Pass) -> Result<()> {
+        let beta = if self.begin(y, at, add)? { 1.0 } else { 0.0 };
+        self.product(x, None, y, at, beta, pass)
     }
 
     /// `y[:, at..at+N] = factor * x W^T + beta * y[:, at..at+N]`.
@@ -207,8 +223,9 @@ pub fn side_by_side(parts: &[Linear], x: &Tensor, pass: &Pass) -> Result<(Tensor
     let width: usize = parts.iter().map(|part| part.weight.dims().0).sum();
     let y = unwritten((x.dim(0)?, width), x.dtype(), x.device())?;
     if let Lora::Mixed(mixture) = &pass.lora {
-        base_side_by_side(parts, x, &y, pass)?;
-        mixture.forward(&columns(parts).collect::<Vec<_>>(), x, &y, pass)?;
+        if !served_side_by_side(parts, x, &y, pass)? {
+            mixture.forward(&columns(parts).collect::<Vec<_>>(), x, &y, pass)?;
+        }
         return Ok((y, vec![None; parts.len()]));
     }
     #[cfg(feature = "cuda")]
@@ -234,37 +251,119 @@ fn shared_in_8_bits(parts: &[Linear], x: &Tensor, width: usize, pass: &Pass) -> 
     }
 }
 
-/// The parts without adapters.
-fn base_side_by_side(parts: &[Linear], x: &Tensor, y: &Tensor, pass: &Pass) -> Result<()> {
+/// The parts of a serving step. Returns whether what finished adapters make of x is added, too.
+fn served_side_by_side(parts: &[Linear], x: &Tensor, y: &Tensor, pass: &Pass) -> Result<bool> {
     #[cfg(feature = "cuda")]
     if pass.apart && x.device().is_cuda() {
         let biased = parts.iter().filter(|part| part.bias.is_some()).count();
-        let alike =
-            parts.iter().all(|part| part.factor == parts[0].factor) && (biased == 0 || biased == parts.len());
-        let weights: Vec<&Weight> = parts.iter().map(|part| &part.weight).collect();
-        if alike {
-            for (at, part) in columns(parts) {
-                part.bias.as_ref().map_or(Ok(()), |bias| bias::apply(bias, y, at, false))?;
-            }
-            if matmul::few_rows(x, &weights, parts[0].factor, y, 0, (biased > 0).then_some(y))? {
-                return Ok(());
+        if biased == 0 || biased == parts.len() {
+            columns(parts).try_for_each(|(at, part)| part.begin(y, at, false).map(|_| ()))?;
+            if few_rows(parts, x, y, 0, (biased > 0).then_some(y), pass)? {
+                return Ok(true);
             }
         }
     }
-    if pass.apart && x.device().is_cpu() && short_side_by_side(parts, x, y, pass)? {
-        return Ok(());
+    if let Some(added) = short_side_by_side(parts, x, y, pass)? {
+        return Ok(added);
     }
-    columns(parts).try_for_each(|(at, part)| part.base(x, None, y, at, false, pass))
+    columns(parts).try_for_each(|(at, part)| part.base(x, y, at, false, pass)).map(|()| false)
 }
 
-/// The parts of a step on a CPU whose rows are all short, if the parts have one factor and no bias. False if not.
-fn short_side_by_side(parts: &[Linear], x: &Tensor, y: &Tensor, pass: &Pass) -> Result<bool> {
+/// Layers side by side of a serving step on a GPU, whose columns begin at `at`, with what finished adapters make of x,
+/// onto `base` if it is given: one product, and one launch for the adapters. False if no kernel takes them; then
+/// nothing was done.
+#[cfg(feature = "cuda")]
+fn few_rows(
+    parts: &[Linear],
+    x: &Tensor,
+    y: &Tensor,
+    at: usize,
+    base: Option<&Tensor>,
+    pass: &Pass,
+) -> Result<bool> {
+    few_rows_with(parts, x, y, at, base, pass, None)
+}
+
+/// `few_rows` with the adapters' part of x, if a launch has made it.
+#[cfg(feature = "cuda")]
+pub(super) fn few_rows_with(
+    parts: &[Linear],
+    x: &Tensor,
+    y: &Tensor,
+    at: usize,
+    base: Option<&Tensor>,
+    pass: &Pass,
+    low: Option<adapters::Low>,
+) -> Result<bool> {
     let factor = parts[0].factor;
-    if x.dim(0)? != pass.short || parts.iter().any(|part| part.factor != factor || part.bias.is_some()) {
+    let is_served = pass.apart && x.device().is_cuda() && !matches!(pass.lora, Lora::Training(_));
+    if !is_served || parts.iter().any(|part| part.factor != factor) {
         return Ok(false);
     }
+    let mixture = match &pass.lora {
+        Lora::Mixed(mixture) => Some(*mixture),
+        _ => None,
+    };
+    let linears: Vec<(usize, &Linear)> = columns(parts).map(|(from, part)| (at + from, part)).collect();
+    let adds = Change::Added.is_on();
+    let low = || match (low, mixture) {
+        (Some(low), _) => Ok(Some(low)),
+        (None, Some(mixture)) if adds => mixture.low(&linears, x),
+        _ => Ok(None),
+    };
     let weights: Vec<&Weight> = parts.iter().map(|part| &part.weight).collect();
-    matmul::short_rows(x, &weights, factor, y, 0, 0.0, pass.precision)
+    if !matmul::few_rows(x, &weights, factor, y, at, base, low)? {
+        return Ok(false);
+    }
+    match mixture {
+        Some(mixture) if adds => mixture.by_products(&linears, x, y, pass)?,
+        Some(mixture) => mixture.forward(&linears, x, y, pass)?,
+        None => {}
+    }
+    Ok(true)
+}
+
+/// The parts of a step on a CPU whose rows are all short, if the parts have one factor and no bias. Returns whether
+/// what finished adapters make of x is added, too. `None`: nothing was done.
+fn short_side_by_side(parts: &[Linear], x: &Tensor, y: &Tensor, pass: &Pass) -> Result<Option<bool>> {
+    let (factor, precision) = (parts[0].factor, pass.precision);
+    if !has_short_rows(x, pass)? || parts.iter().any(|part| part.factor != factor || part.bias.is_some()) {
+        return Ok(None);
+    }
+    let weights: Vec<&Weight> = parts.iter().map(|part| &part.weight).collect();
+    let product = || matmul::short_rows(x, &weights, factor, y, 0, 0.0, precision);
+    with_short_rows(&columns(parts).collect::<Vec<_>>(), x, y, pass, product)
+}
+
+/// Returns whether all rows of x belong to short segments of a step on a CPU.
+fn has_short_rows(x: &Tensor, pass: &Pass) -> Result<bool> {
+    Ok(pass.apart && x.device().is_cpu() && x.dim(0)? == pass.short)
+}
+
+/// A product of short rows, with what finished adapters make of x: A's part beside the product, B's behind it. Returns
+/// whether the adapters are added. `None`: no kernel takes the product; nothing was done.
+fn with_short_rows(
+    linears: &[(usize, &Linear)],
+    x: &Tensor,
+    y: &Tensor,
+    pass: &Pass,
+    product: impl FnOnce() -> Result<bool> + Send,
+) -> Result<Option<bool>> {
+    let layers = match &pass.lora {
+        Lora::Mixed(mixture) if !mixture.has_magnitudes() => mixture.short_layers(linears, pass)?,
+        _ => None,
+    };
+    let Some(layers) = layers.filter(|layers| layers.iter().any(|layer| !layer.pairs.is_empty())) else {
+        return Ok(product()?.then_some(false));
+    };
+    let (done, lows) = row_pairs::lows_beside(x, &layers, pass.precision, product);
+    if !done? {
+        return Ok(None);
+    }
+    match lows? {
+        Some(lows) => row_pairs::add_lows(y, &layers, &lows, pass.precision).map(|()| Some(true)),
+        None => Ok(Some(false)),
+    }
 }
 
 /// Returns the gradient of x, or `None` if nothing needs it (`lowest`). dy has as many spare columns as `spare_in`

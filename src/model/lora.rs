@@ -89,7 +89,7 @@ pub struct Pairs {
     list: Vec<Option<Pair>>,
     /// Trained rows of tables of tokens.
     tokens: Vec<FinishedRows>,
-    /// B^T of each pair, for few rows on a CPU; made once.
+    /// B of each pair as `row_pairs` reads it, for few rows on a CPU; made once.
     across: std::sync::OnceLock<Vec<Option<Tensor>>>,
     /// Addresses of the matrices on a GPU; made once.
     #[cfg(feature = "cuda")]
@@ -222,11 +222,12 @@ impl Pairs {
         self.list.iter().flatten().map(|pair| pair.a.dims().0).max().unwrap_or(0)
     }
 
-    /// B^T [R, N] of each pair, by the index of its linear layer; `None`: there is none, or it is in 4 bits.
+    /// B of each pair as `row_pairs` reads it, by the index of its linear layer; `None`: there is none, or it is in 4
+    /// bits.
     fn across(&self) -> Result<&[Option<Tensor>]> {
         if self.across.get().is_none() {
             let across = |pair: &Option<Pair>| match pair {
-                Some(Pair { b: Weight::Dense(b), .. }) => b.t()?.contiguous().map(Some),
+                Some(Pair { b: Weight::Dense(b), .. }) => row_pairs::across(b).map(Some),
                 _ => Ok(None),
             };
             // Two threads may make it at once: either is right.
@@ -295,6 +296,11 @@ impl<'a> Mixture<'a> {
         }
     }
 
+    /// Returns whether an adapter has magnitudes.
+    pub(super) fn has_magnitudes(&self) -> bool {
+        self.parts.iter().any(|part| part.adapter.has_magnitudes())
+    }
+
     /// The adapters with their rows and strengths.
     pub(super) fn parts(&self) -> &[Part<'a>] {
         &self.parts
@@ -312,28 +318,28 @@ impl<'a> Mixture<'a> {
         if x.device().is_cuda() {
             return self.forward_on_gpu(linears, x, y, pass);
         }
-        let short = self.add_to_short_rows(linears, x, y, pass)?;
-        let behind = |part: &Part<'a>| Part {
-            rows: part.rows.start.max(short)..part.rows.end.max(short),
-            ..part.clone()
+        let layers = self.short_layers(linears, pass)?;
+        let is_added = layers.map_or(Ok(false), |layers| row_pairs::add(x, y, &layers, pass.precision))?;
+        let short = if is_added { pass.short } else { 0 };
+        // What a row gets of an adapter does not depend on the adapters of other rows.
+        let behind = |part: &Part<'a>| {
+            let from = if part.adapter.has_magnitudes() { 0 } else { short };
+            Part { rows: part.rows.start.max(from)..part.rows.end.max(from), ..part.clone() }
         };
         let parts: Vec<Part> = self.parts.iter().map(behind).collect();
         linears.iter().try_for_each(|(at, linear)| self.products(linear, x, y, *at, pass, pass.apart, &parts))
     }
 
-    /// Adds to the rows of short segments on a CPU, all at once, and returns their number; 0 if they are left to
-    /// products.
-    fn add_to_short_rows(
+    /// The pairs on the rows of short segments on a CPU, but those of adapters with magnitudes, which change the base's
+    /// output, too. `None`: they are left to products.
+    pub(super) fn short_layers(
         &self,
         linears: &[(usize, &Linear)],
-        x: &Tensor,
-        y: &Tensor,
         pass: &Pass,
-    ) -> Result<usize> {
+    ) -> Result<Option<Vec<row_pairs::Layer<'_>>>> {
         let short = if pass.apart { pass.short } else { 0 };
-        // Magnitudes change the base's output, too.
-        if short == 0 || self.parts.iter().any(|part| part.adapter.has_magnitudes()) {
-            return Ok(0);
+        if short == 0 {
+            return Ok(None);
         }
         let across = self.parts.iter().map(|part| part.adapter.across()).collect::<Result<Vec<_>>>()?;
         let mut layers = Vec::with_capacity(linears.len());
@@ -341,22 +347,63 @@ impl<'a> Mixture<'a> {
             let mut pairs = Vec::new();
             for (Part { adapter, rows, strength }, across) in self.parts.iter().zip(&across) {
                 let rows = rows.start..rows.end.min(short);
-                let Some(pair) = adapter.get(linear.site).filter(|_| *strength != 0.0 && !rows.is_empty())
-                else {
-                    continue;
-                };
-                let (Weight::Dense(a), Some(b)) = (&pair.a, &across[linear.site]) else { return Ok(0) };
+                let adds = *strength != 0.0 && !rows.is_empty() && !adapter.has_magnitudes();
+                let Some(pair) = adapter.get(linear.site).filter(|_| adds) else { continue };
+                let (Weight::Dense(a), Some(b)) = (&pair.a, &across[linear.site]) else { return Ok(None) };
                 let factor = pair.scale * linear.factor * strength;
                 pairs.push(row_pairs::Pair { a, b, rows, factor });
             }
             layers.push(row_pairs::Layer { at: *at, columns: linear.weight.dims().0, pairs });
         }
-        Ok(if row_pairs::add(x, y, &layers, pass.precision)? { short } else { 0 })
+        Ok(Some(layers))
     }
 
-    /// Long parts by products; all others row by row, which leaves a row's bits to its own adapters.
+    /// Short parts row by row, which leaves a row's bits to its own adapters; the others by products.
     #[cfg(feature = "cuda")]
     fn forward_on_gpu(
+        &self,
+        linears: &[(usize, &Linear)],
+        x: &Tensor,
+        y: &Tensor,
+        pass: &Pass,
+    ) -> Result<()> {
+        if let Some(items) = self.items(x)? {
+            // Layers side by side have one factor; if not, they are no layers of one launch.
+            for group in linears.chunk_by(|(_, left), (_, right)| left.factor == right.factor) {
+                let part = |(at, linear): &(usize, &Linear)| adapters::Part {
+                    site: linear.site,
+                    at: *at,
+                    columns: linear.weight.dims().0,
+                };
+                items.add(x, y, &group.iter().map(part).collect::<Vec<_>>(), group[0].1.factor)?;
+            }
+        }
+        self.by_products(linears, x, y, pass)
+    }
+
+    /// `x A^T` of the short parts' adapters, for layers with one factor whose product adds the rest. `None`: none of
+    /// them has a pair for these layers.
+    #[cfg(feature = "cuda")]
+    pub(super) fn low(&self, linears: &[(usize, &Linear)], x: &Tensor) -> Result<Option<adapters::Low<'_>>> {
+        let sites: Vec<usize> = linears.iter().map(|(_, linear)| linear.site).collect();
+        self.items(x)?.map_or(Ok(None), |items| items.low(x, &sites, linears[0].1.factor))
+    }
+
+    /// The layers' input and `low` of it in one launch, if that is better.
+    #[cfg(feature = "cuda")]
+    pub(super) fn make(
+        &self,
+        linears: &[Linear],
+        source: &adapters::Source,
+        x: &Tensor,
+    ) -> Result<Option<(Tensor, adapters::Low<'_>)>> {
+        let sites: Vec<usize> = linears.iter().map(|linear| linear.site).collect();
+        self.items(x)?.map_or(Ok(None), |items| items.make(source, &sites, linears[0].factor))
+    }
+
+    /// Adds the parts that `low` leaves out to y.
+    #[cfg(feature = "cuda")]
+    pub(super) fn by_products(
         &self,
         linears: &[(usize, &Linear)],
         x: &Tensor,
@@ -371,21 +418,17 @@ impl<'a> Mixture<'a> {
             self.products(linear, x, y, *at, pass, false, &long)?;
             self.products(linear, x, y, *at, pass, pass.apart, &apart)?;
         }
+        Ok(())
+    }
+
+    /// The adapters of short parts, row by row, for a step with the rows of x.
+    #[cfg(feature = "cuda")]
+    fn items(&self, x: &Tensor) -> Result<Option<&adapters::Items>> {
         if self.items.get().is_none() {
             // The cell is not shared between threads.
-            let _ = self.items.set(self.short_items(None, x.device())?);
+            let _ = self.items.set(self.short_items(x.dim(0)?, false, x.device())?);
         }
-        let Some(Some(items)) = self.items.get() else { return Ok(()) };
-        // Layers side by side have one factor; if not, they are no layers of one launch.
-        for group in linears.chunk_by(|(_, left), (_, right)| left.factor == right.factor) {
-            let part = |(at, linear): &(usize, &Linear)| adapters::Part {
-                site: linear.site,
-                at: *at,
-                columns: linear.weight.dims().0,
-            };
-            items.add(x, y, &group.iter().map(part).collect::<Vec<_>>(), group[0].1.factor)?;
-        }
-        Ok(())
+        Ok(self.items.get().and_then(Option::as_ref))
     }
 
     /// Returns whether all adapters are added row by row. Then launches depend on the numbers of `send` alone.
@@ -413,23 +456,37 @@ impl<'a> Mixture<'a> {
     /// Copies what layers read of the adapters to a GPU, for a step of so many rows, once.
     #[cfg(feature = "cuda")]
     pub(super) fn send(&self, rows: usize, device: &Device) -> Result<()> {
-        let _ = self.items.set(self.short_items(Some(rows), device)?);
+        let _ = self.items.set(self.short_items(rows, true, device)?);
         Ok(())
     }
 
-    /// `step_rows`: the rows of a step whose lists are filled up.
+    /// `fill_up`: the lists have few different lengths.
     #[cfg(feature = "cuda")]
-    fn short_items(&self, step_rows: Option<usize>, device: &Device) -> Result<Option<adapters::Items>> {
+    fn short_items(
+        &self,
+        step_rows: usize,
+        fill_up: bool,
+        device: &Device,
+    ) -> Result<Option<adapters::Items>> {
         let mut rows = std::collections::BTreeMap::<usize, Vec<&Part>>::new();
-        let mut rank_max = 0;
-        let alone = |part: &&Part| !part.is_long() && !part.adapter.has_magnitudes() && part.strength != 0.0;
+        let mut extent = adapters::Extent { rows: step_rows, rank: 0, sites: Vec::new() };
+        let alone = |part: &&Part| {
+            let adds = part.strength != 0.0 && part.adapter.rank() > 0;
+            adds && !part.is_long() && !part.adapter.has_magnitudes()
+        };
         for part in self.parts.iter().filter(alone) {
             part.rows.clone().for_each(|row| rows.entry(row).or_default().push(part));
-            rank_max = rank_max.max(part.adapter.rank());
+            let list = &part.adapter.list;
+            extent.rank = extent.rank.max(part.adapter.rank());
+            extent.sites.resize(extent.sites.len().max(list.len()), false);
+            extent.sites.iter_mut().zip(list).for_each(|(any, pair)| *any |= pair.is_some());
         }
         if rows.is_empty() {
             return Ok(None);
         }
+        // Rows with the same adapter share what is read of it.
+        let mut rows: Vec<(usize, Vec<&Part>)> = rows.into_iter().collect();
+        rows.sort_by_key(|(row, parts)| (std::ptr::from_ref(parts[0].adapter), *row));
         let mut list = Vec::new();
         for (row, parts) in rows {
             for part in parts {
@@ -440,7 +497,13 @@ impl<'a> Mixture<'a> {
                 });
             }
         }
-        adapters::Items::filled_up(&list, rank_max, step_rows, device).map(Some)
+        match fill_up {
+            true => adapters::Items::filled_up(&list, extent, device).map(Some),
+            false => {
+                let few = step_rows <= matmul::FEW_ROWS;
+                adapters::Items::new(&list, extent, few, device).map(Some)
+            }
+        }
     }
 
     #[allow(clippy::too_many_arguments)]

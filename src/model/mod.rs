@@ -19,6 +19,8 @@ pub mod layer;
 pub mod linear;
 pub mod load;
 pub mod lora;
+#[cfg(feature = "cuda")]
+mod made;
 pub mod norm;
 pub mod pages;
 pub mod pass;

@@ -152,6 +152,11 @@ impl SelfAttention {
 
     /// `project` before rope.
     fn project_unturned(&self, x: &Tensor, pass: &Pass) -> Result<Projected> {
+        #[cfg(feature = "cuda")]
+        if let Some(rotated) = super::made::side_by_side(&self.norm, x, &self.query_key_value, pass)? {
+            let raw = self.head_norm.as_ref().map(|norm| norm.forward(&rotated, &self.heads)).transpose()?;
+            return Ok(Projected { rotated, raw, scales: None, lows: Vec::new() });
+        }
         let (normed, scales) = norm::forward_beside(&self.norm, x, self.projected_spare(x, pass)?)?;
         let (rotated, lows) = side_by_side(&self.query_key_value, &normed, pass)?;
         let raw = match &self.head_norm {

@@ -45,11 +45,13 @@ pub enum Change {
     Steps,
     /// Kernels begin while the one before them ends, on cards of capability 9.0 and later.
     Early,
+    /// A product of few rows adds what adapters make of its rows, which need no launch of their own.
+    Added,
 }
 
 impl Change {
     /// All changes.
-    pub const ALL: [Change; 16] = [
+    pub const ALL: [Change; 17] = [
         Change::Onto,
         Change::Algorithms,
         Change::Functions,
@@ -66,6 +68,7 @@ impl Change {
         Change::Graphs,
         Change::Steps,
         Change::Early,
+        Change::Added,
     ];
 
     /// The name that the variable has for it.
@@ -87,6 +90,7 @@ impl Change {
             Change::Graphs => "graphs",
             Change::Steps => "steps",
             Change::Early => "early",
+            Change::Added => "added",
         }
     }
 

@@ -8,6 +8,8 @@
 use candle_core::{DType, Result, Tensor, bail};
 use half::bf16;
 
+#[cfg(feature = "cuda")]
+use super::adapters;
 use super::cpu::{self, Real};
 use super::four_bit::{Absmax, FourBit, NESTED_BLOCK, dynamic_map};
 use super::fp8::{self, Scaled};
@@ -191,15 +193,17 @@ fn with_few<T: Real, R>(
 
 /// Writes `alpha * x W^T + base` for weights side by side whose columns begin at `at`, in one launch, with the
 /// bits of `forward_apart`. `base` is as wide as y, and may be y. False if there is no kernel for this; then
-/// nothing was done.
+/// nothing was done. `low` is asked once there is one; the launch adds what adapters make of it, before it rounds. A
+/// row without adapters keeps its bits.
 #[cfg(feature = "cuda")]
-pub fn few_rows(
+pub fn few_rows<'a>(
     x: &Tensor,
     weights: &[&Weight],
     alpha: f64,
     y: &Tensor,
     at: usize,
     base: Option<&Tensor>,
+    low: impl FnOnce() -> Result<Option<adapters::Low<'a>>>,
 ) -> Result<bool> {
     let ((rows, x_width), (y_rows, y_width)) = (x.dims2()?, y.dims2()?);
     let n: usize = weights.iter().map(|weight| weight.dims().0).sum();
@@ -208,7 +212,13 @@ pub fn few_rows(
         "{rows}x{x_width} by {n} columns into {y_width}"
     );
     assert!(base.is_none_or(|base| base.dims() == y.dims()), "what is added to is as large");
-    gpu::few(x, weights, alpha, y, at, base)
+    gpu::few(x, weights, alpha, y, at, base, low)
+}
+
+/// Returns whether `few_rows` has a kernel for x [rows, any] in bf16, and a y in bf16.
+#[cfg(feature = "cuda")]
+pub fn has_few_rows(rows: usize, weights: &[&Weight]) -> bool {
+    gpu::has_few(rows, weights)
 }
 
 /// `dx = alpha * dy[:, at..at+N] W + beta * dx`: dy [T, at+N or wider], dx [T, K].
@@ -350,20 +360,80 @@ mod gpu {
         beta: f64,
     ) -> Result<()> {
         let base = (beta != 0.0).then_some(y);
-        match (beta == 0.0 || beta == 1.0) && few(x, &[weight], alpha, y, at, base)? {
+        match (beta == 0.0 || beta == 1.0) && few(x, &[weight], alpha, y, at, base, || Ok(None))? {
             true => Ok(()),
             false => forward(x, weight, alpha, y, at, beta),
         }
     }
 
+    /// Weights that a kernel of few rows takes side by side.
+    enum Sides {
+        FourBit(Vec<FourBit>),
+        Dense(Vec<Tensor>),
+    }
+
+    impl Sides {
+        /// `None`: no kernel takes these weights with an output of this type.
+        fn of(weights: &[&Weight], y: DType) -> Option<Sides> {
+            match weights[0] {
+                Weight::FourBit(first) if y == DType::BF16 => weights
+                    .iter()
+                    .map(|weight| four_bit(weight, first))
+                    .collect::<Option<_>>()
+                    .map(Sides::FourBit),
+                Weight::Dense(_) => {
+                    let part = |weight: &&Weight| match weight {
+                        Weight::Dense(tensor) if tensor.dtype() == DType::BF16 => Some(tensor.clone()),
+                        _ => None,
+                    };
+                    let whole = weights[0].dims().1.is_multiple_of(DENSE_K);
+                    weights.iter().map(part).collect::<Option<_>>().filter(|_| whole).map(Sides::Dense)
+                }
+                Weight::FourBit(_) => None,
+            }
+        }
+
+        fn name(&self) -> &'static str {
+            match self {
+                Sides::FourBit(_) => "four_bit",
+                Sides::Dense(_) => "dense",
+            }
+        }
+
+        /// Columns of y that a block makes.
+        fn columns(&self, tiles: usize) -> usize {
+            match self {
+                Sides::FourBit(_) if tiles == 1 => 16,
+                Sides::Dense(_) if tiles != 2 => 16,
+                _ => 32,
+            }
+        }
+
+        fn parameters<'a>(&self, launch: Launch<'a>) -> Launch<'a> {
+            match self {
+                Sides::FourBit(parts) => sides(parts).fold(launch, four_bit_side),
+                Sides::Dense(parts) => sides(parts).fold(launch, |launch, part| {
+                    launch.optional(DType::BF16, part).int(part.map_or(0, |part| part.dims()[0]))
+                }),
+            }
+        }
+    }
+
+    /// See `has_few_rows`.
+    pub fn has_few(rows: usize, weights: &[&Weight]) -> bool {
+        let fits = (1..=FEW_ROWS).contains(&rows) && (1..=SIDE_BY_SIDE).contains(&weights.len());
+        fits && Sides::of(weights, DType::BF16).is_some()
+    }
+
     /// See `few_rows`.
-    pub fn few(
+    pub fn few<'a>(
         x: &Tensor,
         weights: &[&Weight],
         alpha: f64,
         y: &Tensor,
         at: usize,
         base: Option<&Tensor>,
+        low: impl FnOnce() -> Result<Option<adapters::Low<'a>>>,
     ) -> Result<bool> {
         let ((rows, k), (_, width)) = (x.dims2()?, y.dims2()?);
         let fits =
@@ -374,40 +444,28 @@ mod gpu {
         {
             return Ok(false);
         }
+        if rows == 0 {
+            return Ok(true);
+        }
+        let Some(side) = Sides::of(weights, y.dtype()) else { return Ok(false) };
+        let low = low()?;
         let tiles = rows.div_ceil(TILE).next_power_of_two();
-        let (launch, columns) = match weights[0] {
-            _ if rows == 0 => return Ok(true),
-            Weight::FourBit(first) if y.dtype() == DType::BF16 => {
-                let parts = weights.iter().map(|weight| four_bit(weight, first)).collect::<Option<Vec<_>>>();
-                let Some(parts) = parts else { return Ok(false) };
-                let launch = Launch::new(y, "matmul", &format!("few_four_bit_{tiles}"))?;
-                (sides(&parts).fold(launch, four_bit_side), if tiles == 1 { 16 } else { 32 })
-            }
-            Weight::Dense(_) if k.is_multiple_of(DENSE_K) => {
-                let part = |weight: &&Weight| match weight {
-                    Weight::Dense(tensor) if tensor.dtype() == DType::BF16 => Some(tensor.clone()),
-                    _ => None,
-                };
-                let Some(parts) = weights.iter().map(part).collect::<Option<Vec<_>>>() else {
-                    return Ok(false);
-                };
-                let launch = Launch::new(y, "matmul", &format!("few_dense_{tiles}"))?;
-                let launch = sides(&parts).fold(launch, |launch, part| {
-                    launch.optional(DType::BF16, part).int(part.map_or(0, |part| part.dims()[0]))
-                });
-                (launch, if tiles == 2 { 32 } else { 16 })
-            }
-            _ => return Ok(false),
-        };
-        let launch = launch.of(DType::BF16, x).tensor_at(y, 0);
+        let adapted = if low.is_some() { "_adapted" } else { "" };
+        let launch = Launch::new(y, "matmul", &format!("few_{}_{tiles}{adapted}", side.name()))?;
+        let launch = side.parameters(launch).of(DType::BF16, x).tensor_at(y, 0);
         let launch = launch.optional(y.dtype(), base).int(rows).int(k).int(width).int(at);
         let launch = match weights[0] {
             Weight::FourBit(weight) => launch.int(weight.block.ilog2() as usize).int(weight.code as usize),
             Weight::Dense(_) => launch,
         };
+        let launch = launch.float(alpha);
+        let launch = match &low {
+            Some(low) => low.parameters(launch),
+            None => launch,
+        };
         let widest = weights.iter().map(|weight| weight.dims().0).max().unwrap_or(0);
-        let grid = (widest.div_ceil(columns), 1, weights.len());
-        launch.float(alpha).launch(grid, THREADS, 0).map(|()| true)
+        let grid = (widest.div_ceil(side.columns(tiles)), 1, weights.len());
+        launch.launch(grid, THREADS, 0).map(|()| true)
     }
 
     /// The parts, and none for what is missing to a launch's number of them.
@@ -540,7 +598,7 @@ mod tests {
                     let (x, base) = (gpu.put(&x)?, gpu.put(&base)?);
                     let (found, expected) = (base.copy()?, base.copy()?);
                     let weights: Vec<&Weight> = weights.iter().collect();
-                    let taken = few_rows(&x, &weights, 0.5, &found, 3, Some(&base))?;
+                    let taken = few_rows(&x, &weights, 0.5, &found, 3, Some(&base), || Ok(None))?;
                     assert_eq!(taken, gpu.dtype == DType::BF16 && kind > 0, "{:?}, kind {kind}", gpu.dtype);
                     if !taken {
                         continue;

@@ -1,8 +1,9 @@
 //! LoRA pairs on a few rows of a CPU tensor: `y[row] += factor * (x[row] A^T) B^T`, for layers that read the same x.
 //!
 //! Each pair is small (16 rows of A and 16 columns of B are usual), so that a product of its own for each matrix would
-//! take longer to begin than to compute. Here all pairs of all layers share two rounds of tasks: one for A, one for B.
-//! Sums are f32, and a row's bits depend on its own pairs alone.
+//! take longer to begin than to compute. Here all pairs of all layers share two rounds of tasks: one for A, beside the
+//! product with the layers' weights (`lows_beside`), one for B. Sums are f32, and a row's bits depend on its own pairs
+//! alone.
 
 use std::ops::Range;
 
@@ -16,6 +17,8 @@ use crate::facts::Precision;
 
 /// Products of two numbers that one task computes at least; waking a thread costs as much.
 const TASK_PRODUCTS_MIN: usize = 1 << 15;
+/// The same of B: threads are awake behind a product.
+const B_TASK_PRODUCTS_MIN: usize = 1 << 13;
 /// Columns of y that a task takes at once.
 const COLUMNS: usize = 256;
 
@@ -23,7 +26,7 @@ const COLUMNS: usize = 256;
 pub struct Pair<'a> {
     /// A [R, K], in f32 or bf16.
     pub a: &'a Tensor,
-    /// B^T [R, N], in f32 or bf16: neighbours are columns of y.
+    /// B as `across` lays it, in f32 or bf16.
     pub b: &'a Tensor,
     /// The rows of x and y.
     pub rows: Range<usize>,
@@ -41,23 +44,55 @@ pub struct Layer<'a> {
     pub pairs: Vec<Pair<'a>>,
 }
 
+/// x A^T of all pairs of all layers.
+pub struct Lows(Vec<Vec<f32>>);
+
+/// B [N, R] as tasks read it: B^T of `COLUMNS` columns of y, then that of the next ones. Neighbours are columns.
+pub fn across(b: &Tensor) -> Result<Tensor> {
+    let columns = b.dim(0)?;
+    let block =
+        |from: usize| b.narrow(0, from, COLUMNS.min(columns - from))?.t()?.contiguous()?.flatten_all();
+    Tensor::cat(&(0..columns).step_by(COLUMNS).map(block).collect::<Result<Vec<_>>>()?, 0)
+}
+
 /// Adds what all pairs of all layers make of x [T, K] to y [T, any]. False if a matrix or an activation has another
 /// type than said here; then nothing was done.
 pub fn add(x: &Tensor, y: &Tensor, layers: &[Layer], precision: Precision) -> Result<bool> {
-    let ((_, k), (_, width)) = (x.dims2()?, y.dims2()?);
-    let pairs = || layers.iter().flat_map(|layer| &layer.pairs);
+    match lows(x, layers, precision)? {
+        Some(lows) => add_lows(y, layers, &lows, precision).map(|()| true),
+        None => Ok(false),
+    }
+}
+
+/// Runs a product and makes x A^T of all pairs beside it. `None`: a matrix or x has another type than said here.
+pub fn lows_beside<R: Send>(
+    x: &Tensor,
+    layers: &[Layer],
+    precision: Precision,
+    product: impl FnOnce() -> R + Send,
+) -> (R, Result<Option<Lows>>) {
+    rayon::join(product, || lows(x, layers, precision))
+}
+
+fn lows(x: &Tensor, layers: &[Layer], precision: Precision) -> Result<Option<Lows>> {
+    let (_, k) = x.dims2()?;
+    let pairs: Vec<&Pair> = layers.iter().flat_map(|layer| &layer.pairs).collect();
     let is_held = |tensor: &Tensor| matches!(tensor.dtype(), DType::F32 | DType::BF16);
-    if x.dtype() != DType::F32 || pairs().any(|pair| !is_held(pair.a) || !is_held(pair.b)) {
-        return Ok(false);
+    if x.dtype() != DType::F32 || pairs.iter().any(|pair| !is_held(pair.a) || !is_held(pair.b)) {
+        return Ok(None);
     }
     let mut x = cpu::read::<f32>(x)?.to_vec();
     round(&mut x, precision);
-    let a = pairs().map(|pair| Values::of(pair.a)).collect::<Result<Vec<Values>>>()?;
-    let b = pairs().map(|pair| Values::of(pair.b)).collect::<Result<Vec<Values>>>()?;
-    let pairs: Vec<&Pair> = pairs().collect();
-    let lows = lows(&x, k, &pairs, &a, precision)?;
-    cpu::edit(y, |y: &mut [f32]| add_lows(y, width, layers, &pairs, &b, &lows, precision))?;
-    Ok(true)
+    let a = pairs.iter().map(|pair| Values::of(pair.a)).collect::<Result<Vec<Values>>>()?;
+    Ok(Some(Lows(through_a(&x, k, &pairs, &a, precision))))
+}
+
+/// Adds what B makes of x A^T to y [T, any].
+pub fn add_lows(y: &Tensor, layers: &[Layer], lows: &Lows, precision: Precision) -> Result<()> {
+    let (_, width) = y.dims2()?;
+    let pairs: Vec<&Pair> = layers.iter().flat_map(|layer| &layer.pairs).collect();
+    let b = pairs.iter().map(|pair| Values::of(pair.b)).collect::<Result<Vec<Values>>>()?;
+    cpu::edit(y, |y: &mut [f32]| through_b(y, width, layers, &pairs, &b, &lows.0, precision))
 }
 
 /// The values as products of this precision take them.
@@ -127,19 +162,34 @@ macro_rules! with_values {
 /// Lanes of a sum over the columns of A.
 const LANES: usize = 32;
 
-/// The sum of w * x, whose order depends on the length alone.
+/// Rows of x whose sums a task makes at once.
+const ROWS: usize = 4;
+
+/// The sum of w * x for each x, whose order depends on the length alone.
 #[inline(always)]
-fn dot<W: Copy>(w: &[W], x: &[f32], wide: impl Fn(W) -> f32) -> f32 {
-    let ((w_chunks, w_rest), (x_chunks, x_rest)) = (w.as_chunks::<LANES>(), x.as_chunks::<LANES>());
-    let mut lanes = [0f32; LANES];
-    for (w, x) in w_chunks.iter().zip(x_chunks) {
-        for i in 0..LANES {
-            lanes[i] = wide(w[i]).mul_add(x[i], lanes[i]);
+fn dots<W: Copy, const N: usize>(w: &[W], x: [&[f32]; N], wide: impl Fn(W) -> f32) -> [f32; N] {
+    let (w_chunks, w_rest) = w.as_chunks::<LANES>();
+    let mut lanes = [[0f32; LANES]; N];
+    for (at, w) in w_chunks.iter().enumerate() {
+        for (lanes, x) in lanes.iter_mut().zip(&x) {
+            let x = &x[LANES * at..][..LANES];
+            for i in 0..LANES {
+                lanes[i] = wide(w[i]).mul_add(x[i], lanes[i]);
+            }
         }
     }
-    for ((w, x), lane) in w_rest.iter().zip(x_rest).zip(&mut lanes) {
-        *lane = wide(*w).mul_add(*x, *lane);
+    let mut sums = [0f32; N];
+    for ((sum, mut lanes), x) in sums.iter_mut().zip(lanes).zip(&x) {
+        for ((w, x), lane) in w_rest.iter().zip(&x[LANES * w_chunks.len()..]).zip(&mut lanes) {
+            *lane = wide(*w).mul_add(*x, *lane);
+        }
+        *sum = folded(lanes);
     }
+    sums
+}
+
+#[inline(always)]
+fn folded(mut lanes: [f32; LANES]) -> f32 {
     let mut half = LANES / 2;
     while half > 0 {
         for i in 0..half {
@@ -150,16 +200,36 @@ fn dot<W: Copy>(w: &[W], x: &[f32], wide: impl Fn(W) -> f32) -> f32 {
     lanes[0]
 }
 
-/// `sums[i] += w[i] * x`.
+/// Columns whose sums stay in registers.
+const TILE: usize = 32;
+
+/// y += factor * low B^T for a block of `across`, as wide as y.
 #[inline(always)]
-fn add_product<W: Copy>(sums: &mut [f32], w: &[W], x: f32, wide: impl Fn(W) -> f32) {
-    for (sum, w) in sums.iter_mut().zip(w) {
-        *sum = wide(*w).mul_add(x, *sum);
+fn add_block<W: Copy>(y: &mut [f32], w: &[W], low: &[f32], factor: f32, wide: impl Fn(W) -> f32) {
+    let columns = y.len();
+    let (tiles, rest) = y.as_chunks_mut::<TILE>();
+    let from = TILE * tiles.len();
+    for (number, y) in tiles.iter_mut().enumerate() {
+        let mut sums = [0f32; TILE];
+        for (w, low) in w.chunks_exact(columns).zip(low) {
+            let w = &w[TILE * number..][..TILE];
+            for i in 0..TILE {
+                sums[i] = wide(w[i]).mul_add(*low, sums[i]);
+            }
+        }
+        for i in 0..TILE {
+            y[i] += factor * sums[i];
+        }
+    }
+    for (i, y) in rest.iter_mut().enumerate() {
+        let products = w.chunks_exact(columns).zip(low);
+        let sum = products.fold(0f32, |sum, (w, low)| wide(w[from + i]).mul_add(*low, sum));
+        *y += factor * sum;
     }
 }
 
 /// x A^T of each pair: for each of its rows, R values, rounded as the next product takes them.
-fn lows(x: &[f32], k: usize, pairs: &[&Pair], a: &[Values], precision: Precision) -> Result<Vec<Vec<f32>>> {
+fn through_a(x: &[f32], k: usize, pairs: &[&Pair], a: &[Values], precision: Precision) -> Vec<Vec<f32>> {
     let products = pairs.iter().map(|pair| pair.rank() * pair.rows.len() * k).sum();
     // Some rows of a pair's A, which are read once for all rows of x.
     let units = |rows: usize| -> Vec<(usize, Range<usize>)> {
@@ -177,8 +247,20 @@ fn lows(x: &[f32], k: usize, pairs: &[&Pair], a: &[Values], precision: Precision
             || {
                 for (at, found) in range.clone().zip(found.chunks_exact_mut(pair.rows.len())) {
                     with_values!(&a[*number], at * k..(at + 1) * k, precision, |w, wide| {
-                        for (row, found) in pair.rows.clone().zip(found) {
-                            *found = rounded(dot(w, &x[row * k..(row + 1) * k], wide), precision);
+                        let row = |row: usize| &x[(pair.rows.start + row) * k..][..k];
+                        let (several, rest) = found.as_chunks_mut::<ROWS>();
+                        let behind = ROWS * several.len();
+                        for (number, found) in several.iter_mut().enumerate() {
+                            let first = ROWS * number;
+                            let x: [&[f32]; ROWS] =
+                                [row(first), row(first + 1), row(first + 2), row(first + 3)];
+                            for (found, sum) in found.iter_mut().zip(dots(w, x, wide)) {
+                                *found = rounded(sum, precision);
+                            }
+                        }
+                        for (number, found) in rest.iter_mut().enumerate() {
+                            let [sum] = dots(w, [row(behind + number)], wide);
+                            *found = rounded(sum, precision);
                         }
                     });
                 }
@@ -187,7 +269,7 @@ fn lows(x: &[f32], k: usize, pairs: &[&Pair], a: &[Values], precision: Precision
         found
     };
     let all: usize = pairs.iter().map(|pair| pair.rank()).sum();
-    let found: Vec<Vec<f32>> = match at_once(products, all) {
+    let found: Vec<Vec<f32>> = match at_once(products, TASK_PRODUCTS_MIN, all) {
         None => units(usize::MAX).iter().map(unit).collect(),
         Some(rows) => units(rows).par_iter().with_max_len(1).map(unit).collect(),
     };
@@ -201,7 +283,7 @@ fn lows(x: &[f32], k: usize, pairs: &[&Pair], a: &[Values], precision: Precision
         }
         low
     };
-    Ok(pairs.iter().map(&mut of_pair).collect())
+    pairs.iter().map(&mut of_pair).collect()
 }
 
 /// Some columns of y in one row.
@@ -213,7 +295,7 @@ struct Part<'y> {
 }
 
 /// y += factor * low B^T, for each pair that has the row, in their order.
-fn add_lows(
+fn through_b(
     y: &mut [f32],
     width: usize,
     layers: &[Layer],
@@ -242,25 +324,17 @@ fn add_lows(
                     if !pair.rows.contains(&part.row) {
                         continue;
                     }
-                    let (rank, columns) = (pair.rank(), layers[part.layer].columns);
+                    let rank = pair.rank();
                     let low = &lows[number][(part.row - pair.rows.start) * rank..][..rank];
-                    let mut sums = [0f32; COLUMNS];
-                    let sums = &mut sums[..part.y.len()];
-                    for (at, low) in low.iter().enumerate() {
-                        let range = at * columns + part.columns.start..at * columns + part.columns.end;
-                        with_values!(&b[number], range, precision, |w, wide| add_product(
-                            sums, w, *low, wide
-                        ));
-                    }
-                    let factor = pair.factor as f32;
-                    for (y, sum) in part.y.iter_mut().zip(sums) {
-                        *y += factor * *sum;
-                    }
+                    let (block, factor) = (&part.columns, pair.factor as f32);
+                    with_values!(&b[number], block.start * rank..block.end * rank, precision, |w, wide| {
+                        add_block(&mut *part.y, w, low, factor, wide)
+                    });
                 }
             },
         )
     };
-    match at_once(products, parts.len()) {
+    match at_once(products, B_TASK_PRODUCTS_MIN, parts.len()) {
         None => parts.iter_mut().for_each(add),
         Some(least) => parts.par_iter_mut().with_min_len(least).for_each(add),
     }
@@ -289,9 +363,9 @@ fn parts<'y>(y: &'y mut [f32], width: usize, layers: &[Layer]) -> Vec<Part<'y>> 
     parts
 }
 
-/// Units that a task has at least; `None`: all of them are quicker on this thread.
-fn at_once(products: usize, units: usize) -> Option<usize> {
-    let tasks = (products / TASK_PRODUCTS_MIN).min(4 * rayon::current_num_threads()).min(units);
+/// Units that a task has at least if it computes `least` products; `None`: all of them are quicker on this thread.
+fn at_once(products: usize, least: usize, units: usize) -> Option<usize> {
+    let tasks = (products / least).min(4 * rayon::current_num_threads()).min(units);
     (tasks > 1).then(|| units.div_ceil(tasks))
 }
 
@@ -369,7 +443,7 @@ mod tests {
             {
                 let dense = |tensor: &Tensor| tensor.to_dtype(stored).unwrap().contiguous().unwrap();
                 let held: Vec<(Tensor, Tensor)> =
-                    weights.iter().map(|(a, b)| (dense(a), dense(&b.t().unwrap()))).collect();
+                    weights.iter().map(|(a, b)| (dense(a), across(&dense(b)).unwrap())).collect();
                 let layer = |number: usize, rows: &Range<usize>| {
                     let own = PAIRS.iter().zip(&held).filter(|((layer, ..), _)| *layer == number);
                     let pairs = own.filter_map(|((_, of, factor), (a, b))| {
