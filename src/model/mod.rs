@@ -20,6 +20,7 @@ pub mod linear;
 pub mod load;
 pub mod lora;
 pub mod norm;
+pub mod operand;
 pub mod pages;
 pub mod pass;
 pub mod random;
