@@ -631,23 +631,26 @@ mod tests {
         Ok(())
     }
 
-    /// Norms and activations round their results, and what their gradients are added to, as a pass over it does; and
-    /// what they store has the same bits with it and without.
+    /// Bits of the first `width` columns.
+    #[cfg(feature = "cuda")]
+    fn bits(tensor: &Tensor, width: usize) -> Result<Vec<u32>> {
+        let host = judge::first(tensor, width)?.to_dtype(DType::F32)?.flatten_all()?;
+        Ok(host.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
+    }
+
+    /// Rows, columns and spare columns of the tests below.
+    #[cfg(feature = "cuda")]
+    const SHAPES: [(usize, usize, usize); 5] =
+        [(1, 16, 0), (7, 48, 64), (9, 272, 64), (8, 2064, 128), (3, 4096, 64)];
+
+    /// Norms round their results, and what their gradients are added to, as a pass over it does; and what they store
+    /// has the same bits with it and without.
     #[cfg(feature = "cuda")]
     #[test]
-    fn kernels_round_what_they_store_as_a_pass_does() -> Result<()> {
-        use crate::facts::{Activation, Function};
-        use crate::ops::{activation, layer_norm, rms_norm};
-        let bits = |tensor: &Tensor, width: usize| -> Result<Vec<u32>> {
-            let host = judge::first(tensor, width)?.to_dtype(DType::F32)?.flatten_all()?;
-            Ok(host.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
-        };
+    fn norms_round_what_they_store_as_a_pass_does() -> Result<()> {
+        use crate::ops::{layer_norm, rms_norm};
         judge::on_gpu(|gpu| {
-            if gpu.dtype != DType::BF16 {
-                return Ok(());
-            }
-            for (rows, cols, spare) in [(1, 16, 0), (7, 48, 64), (9, 272, 64), (8, 2064, 128), (3, 4096, 64)]
-            {
+            for (rows, cols, spare) in SHAPES.into_iter().filter(|_| gpu.dtype == DType::BF16) {
                 let of = |seed| rows_of_all_sizes(gpu, rows, cols, seed);
                 let (x, dy) = (of(1)?, of(2)?);
                 let weight = |seed| gpu.put_as(DType::F32, judge::random(cols, seed)?.as_tensor());
@@ -678,31 +681,47 @@ mod tests {
                     bits(&plain, cols + 64)?,
                     "layer_norm's gradient {cols}"
                 );
+            }
+            Ok(())
+        })
+    }
 
-                for function in [Function::Silu, Function::GeluTanh, Function::GeluErf] {
-                    for (gated, keep, parts) in [(true, true, 1), (true, false, 2), (false, true, 1)] {
-                        let activation = Activation { function, gated };
-                        let what = format!("{activation:?} {cols}, {parts} parts");
-                        let columns = if gated { 2 * cols } else { cols };
-                        let x = rows_of_all_sizes(gpu, rows, columns, 7)?;
-                        let (h, rounded) = activation::forward_rounded(&x, activation, spare)?;
-                        as_a_pass_rounds(&rounded, &h, 0, &what)?;
-                        let plain = activation::forward_beside(&x, activation, spare)?;
-                        assert_eq!(bits(&h, cols)?, bits(&plain, cols)?, "{what}");
-                        let (dh, also) = (of(8)?, of(8)?);
-                        let (d, rounded) =
-                            activation::backward_rounded(&dh, &x, activation, spare, keep, parts)?;
-                        for (part, rounded) in rounded.iter().enumerate() {
-                            as_a_pass_rounds(rounded, &d, part * cols, &what)?;
-                        }
-                        let plain = match keep {
-                            true => activation::backward_keeping(&also, &x, activation, spare)?,
-                            false => activation::backward_beside(&also, &x, activation, spare)?,
-                        };
-                        assert_eq!(bits(&d, columns)?, bits(&plain, columns)?, "{what}: gradient");
-                        assert_eq!(bits(&dh, cols)?, bits(&also, cols)?, "{what}: what is kept");
-                    }
+    /// Activations and their gradients, as one matrix and as two, in the same way.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn activations_round_what_they_store_as_a_pass_does() -> Result<()> {
+        use crate::facts::{Activation, Function};
+        use crate::ops::activation;
+        let forms = [(true, true, 1), (true, false, 2), (false, true, 1)];
+        let functions = [Function::Silu, Function::GeluTanh, Function::GeluErf];
+        let cases = functions.into_iter().flat_map(|function| forms.map(|form| (function, form)));
+        let cases: Vec<_> = cases.flat_map(|case| SHAPES.map(|shape| (case, shape))).collect();
+        judge::on_gpu(|gpu| {
+            for ((function, (gated, keep, parts)), (rows, cols, spare)) in cases.iter().copied() {
+                if gpu.dtype != DType::BF16 {
+                    return Ok(());
                 }
+                let (activation, columns) =
+                    (Activation { function, gated }, if gated { 2 * cols } else { cols });
+                let what = format!("{activation:?} {cols}, {parts} parts");
+                let x = rows_of_all_sizes(gpu, rows, columns, 7)?;
+                let (h, rounded) = activation::forward_rounded(&x, activation, spare)?;
+                as_a_pass_rounds(&rounded, &h, 0, &what)?;
+                let plain = activation::forward_beside(&x, activation, spare)?;
+                assert_eq!(bits(&h, cols)?, bits(&plain, cols)?, "{what}");
+                let of = || rows_of_all_sizes(gpu, rows, cols, 8);
+                let (dh, also) = (of()?, of()?);
+                let (d, rounded) = activation::backward_rounded(&dh, &x, activation, spare, keep, parts)?;
+                assert_eq!(rounded.len(), parts, "{what}");
+                for (part, rounded) in rounded.iter().enumerate() {
+                    as_a_pass_rounds(rounded, &d, part * cols, &what)?;
+                }
+                let plain = match keep {
+                    true => activation::backward_keeping(&also, &x, activation, spare)?,
+                    false => activation::backward_beside(&also, &x, activation, spare)?,
+                };
+                assert_eq!(bits(&d, columns)?, bits(&plain, columns)?, "{what}: gradient");
+                assert_eq!(bits(&dh, cols)?, bits(&also, cols)?, "{what}: what is kept");
             }
             Ok(())
         })
