@@ -101,6 +101,7 @@ mod gpu {
     use crate::model::lora::Learner;
     use crate::model::norm::Normed;
     use crate::model::operand::Operand;
+    use crate::ops::fp8::Scaled;
     use crate::ops::low_rank::{self, Columns, Inside, Learning, Slope};
     use crate::ops::matmul::{self, Weight};
     use crate::ops::{bias, dropout, rows, unwritten};
@@ -214,27 +215,34 @@ mod gpu {
             if before {
                 biases(add)?;
             }
+            let rounded = self.rounded(operand)?;
             let inside = self.inside(x.dtype(), !self.in_8_bits)?;
             self.low_inside(&inside, x)?;
             let beta = if add || before { 1.0 } else { 0.0 };
-            match self.in_8_bits {
-                false => inside.forward(x, self.factor(), y, beta)?,
-                true => {
+            match rounded {
+                None => inside.forward(x, self.factor(), y, beta)?,
+                Some(rounded) => {
                     inside.beside(x, self.factor(), y, beta)?;
-                    self.add_in_8_bits(operand, y)?;
+                    self.add_in_8_bits(&rounded, y)?;
                 }
             }
             if before { Ok(()) } else { biases(true) }
         }
 
+        /// x in 8 bits, if the products are. If no kernel has rounded it, it is rounded while it may still be in the
+        /// cache.
+        fn rounded(&self, x: &Operand) -> Result<Option<Scaled>> {
+            match x.rounded.first() {
+                _ if !self.in_8_bits => Ok(None),
+                Some(rounded) => Ok(Some(rounded.clone())),
+                None => fp8::rows(&x.values, 0, self.cols()).map(Some),
+            }
+        }
+
         /// Adds the products of x with the weights alone to y [T, N].
-        fn add_in_8_bits(&self, x: &Operand, y: &Tensor) -> Result<()> {
-            let x = match x.rounded.first() {
-                Some(rounded) => rounded.clone(),
-                None => fp8::rows(&x.values, 0, self.cols())?,
-            };
+        fn add_in_8_bits(&self, x: &Scaled, y: &Tensor) -> Result<()> {
             columns(self.parts)
-                .try_for_each(|(at, part)| fp8::forward(&x, &part.weight, part.factor, y, at, 1.0))
+                .try_for_each(|(at, part)| fp8::forward(x, &part.weight, part.factor, y, at, 1.0))
         }
 
         /// The gradient of x through the weights alone, written to dx [T, K] or added.
@@ -274,15 +282,16 @@ mod gpu {
         /// product.
         pub fn onto(&self, operand: &Operand, base: &Tensor) -> Result<Tensor> {
             let x = &operand.values;
+            let rounded = self.rounded(operand)?;
             let inside = self.inside(x.dtype(), !self.in_8_bits)?;
             self.low_inside(&inside, x)?;
-            if self.in_8_bits {
+            if let Some(rounded) = rounded {
                 let base = match &self.parts[0].bias {
                     None => base.clone(),
                     Some(bias) => bias::onto(bias, base)?,
                 };
                 let sum = inside.beside_onto(x, self.factor(), &base)?;
-                self.add_in_8_bits(operand, &sum)?;
+                self.add_in_8_bits(&rounded, &sum)?;
                 return Ok(sum);
             }
             match &self.parts[0].bias {

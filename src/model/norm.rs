@@ -64,9 +64,9 @@ pub fn forward(norm: &Option<Norm>, x: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// `forward` with `spare` more columns, which are not written, and in 8 bits too if `rounded` is set. With spare columns
-/// it also returns the factors of the rows, f32 `[T]`, if the norm is one of root mean squares: x times them and the
-/// weight is the norm.
+/// `forward` with `spare` more columns, which are not written, and in 8 bits too if `rounded` is set. With spare
+/// columns it also returns the factors of the rows, f32 `[T]`, if the norm is one of root mean squares: x times them
+/// and the weight is the norm.
 pub fn forward_beside(
     norm: &Option<Norm>,
     x: &Tensor,

@@ -10,7 +10,7 @@ use crate::ops::fp8::Scaled;
 pub struct Operand {
     /// The matrix, with the spare columns that the layers ask for.
     pub values: Tensor,
-    /// It without spare columns in 8 bits, or the outputs of layers side by side each by itself; empty: not rounded yet.
+    /// It without spare columns in 8 bits, or the gradient of each of the layers side by side; empty: not rounded yet.
     pub rounded: Vec<Scaled>,
 }
 
