@@ -2,8 +2,8 @@
 //! the host's own time for a launch.
 //!
 //! `ours changes --folder F [--workloads packed,long,short] [--only NAMES] [--rounds 2] [--steps 6]
-//! [--precision bf16|fp8]`: for each change the median seconds of a step, launches and peak memory on both sides, and whether the losses have the same bits.
-//! Results so far are in the `--out` file after each change.
+//! [--precision bf16|fp8]`: for each change the median seconds of a step, launches and peak memory on both sides, and
+//! whether the losses have the same bits. Results so far are in the `--out` file after each change.
 //! `ours host [--rounds 7] [--passes 20]`: host microseconds for each launch and product of a tiny model's pass, with
 //! all changes, without each that concerns the host, and without all of these; and those for a token that is
 //! generated, with a graph and without. On a GPU the host runs ahead of it; on the fake driver with

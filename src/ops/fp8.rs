@@ -7,8 +7,9 @@
 //! is no history of earlier passes. A row with a number that is not finite gives a row of NaN.
 //!
 //! On a GPU, `kernels/fp8.cu` rounds and cublasLt multiplies. Kernels of norms and activations, whose blocks have
-//! whole rows, write them rounded beside their results (`kernels/rounded.cuh`), with the bits of `rows`. Cards of compute capability 9.0 scale in the product; on
-//! others a kernel scales the sums. The CPU path has the same rounding, for tests and studies.
+//! whole rows, write them rounded beside their results (`kernels/rounded.cuh`), with the bits of `rows`. Cards of
+//! compute capability 9.0 scale in the product; on others a kernel scales the sums. The CPU path has the same rounding,
+//! for tests and studies.
 
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
