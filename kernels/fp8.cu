@@ -1,64 +1,25 @@
 // Matrices in E4M3 with a scale for each row: activations and gradients, frozen weights, and their transposes; and the
 // scales of a product that was computed without them. The twin of src/ops/fp8.rs, whose tests compare the bits.
-//
-// A scale is a power of two, so that dividing by it is exact: a number is rounded once. 448 times the scale reaches the
-// row's largest size, and no number is cut. A row of a matrix with a number that is not finite gets the scale NaN, so
-// that every result of that row is NaN.
-#include "eight_bits.cuh"
 #include "four_bit.cuh"
+#include "rounded.cuh"
 
-// The least exponent of a scale: rows of numbers below 2^-92 become coarse, and the reciprocal stays finite.
-constexpr int EXPONENT_MIN = -100;
 // Columns that share a scale in a transposed weight, and rows of the weight in a tile of it.
 constexpr int COLUMNS = 64, TILE = 128;
 // Rows of the weight that one block of `largest` reads.
 constexpr int ROWS = 512;
-
-struct Scale {
-    float scale, inverse;
-};
-
-// The least power of two with 448 * scale >= largest. 448 is 1.75 * 2^8.
-__device__ __forceinline__ Scale scale_of(float largest) {
-    const uint32_t bits = __float_as_uint(largest);
-    int exponent = (int)(bits >> 23) - 127 - 8 + ((bits & 0x7fffffu) > 0x600000u ? 1 : 0);
-    exponent = exponent < EXPONENT_MIN ? EXPONENT_MIN : exponent;
-    return {__uint_as_float((uint32_t)(exponent + 127) << 23), __uint_as_float((uint32_t)(127 - exponent) << 23)};
-}
-
-__device__ __forceinline__ void times(float (&v)[8], float factor) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] *= factor;
-}
 
 // x[:, at..at + cols] with rows `stride` apart; x begins at column `at`. One block per row; cols, stride and `at` are
 // multiples of eight.
 template <typename T>
 __device__ __forceinline__ void rows(const T* x, fp8* codes, float* scales, int cols, int stride) {
     x += (uint64_t)blockIdx.x * stride;
-    codes += (uint64_t)blockIdx.x * cols;
-    float largest = 0.f, poison = 0.f;
+    Extent extent;
     for (int i = threadIdx.x * 8; i < cols; i += blockDim.x * 8) {
         Eight<T> eight;
         eight.load(x + i);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            largest = fmaxf(largest, fabsf(eight.v[j]));
-            poison += eight.v[j] * 0.f; // 0, or NaN for a number that is not finite
-        }
+        extent.take(eight.v);
     }
-    largest = block_max(largest), poison = block_sum(poison);
-    const Scale scale = scale_of(largest);
-    if (threadIdx.x == 0) scales[blockIdx.x] = scale.scale + poison;
-    for (int i = threadIdx.x * 8; i < cols; i += blockDim.x * 8) {
-        Eight<T> eight;
-        eight.load(x + i);
-        times(eight.v, scale.inverse);
-        Eight<fp8> out;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) out.v[j] = eight.v[j];
-        out.store(codes + i);
-    }
+    round_row(x, extent, {codes + (uint64_t)blockIdx.x * cols, scales + blockIdx.x}, cols);
 }
 
 // A frozen weight [rows, cols], whatever it is stored in: eight values from `flat` on, a multiple of eight, and a bound

@@ -1,6 +1,8 @@
 // Layer norm: y = w * (x - mean) / sqrt(var + eps) + b, one block per row. The twin of src/ops/layer_norm.rs.
 // Rows of what is written lie `stride` apart, a multiple of eight if the width is one.
-#include "common.cuh"
+// The kernels `..._rounded` write each row in 8 bits too, as a pass over what they store would (kernels/rounded.cuh);
+// their widths are multiples of eight.
+#include "rounded.cuh"
 
 struct Moments {
     float mean, scale;
@@ -35,11 +37,12 @@ __device__ __forceinline__ Moments moments(const T* x, int width, float eps) {
     return {mean, 1.f / sqrtf(block_sum(squares) / (float)width + eps)};
 }
 
-template <typename T>
+template <typename T, bool ROUNDED = false>
 __device__ __forceinline__ void forward(const T* x, const float* w, const float* b, T* y, int width, int stride,
-                                        float eps) {
+                                        float eps, RoundedRow rounded = {}) {
     x += (uint64_t)blockIdx.x * width, y += (uint64_t)blockIdx.x * stride;
     const Moments of = moments(x, width, eps);
+    Extent extent;
     if (width % 8 == 0) {
         for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
             Eight<T> a;
@@ -48,7 +51,9 @@ __device__ __forceinline__ void forward(const T* x, const float* w, const float*
 #pragma unroll
             for (int j = 0; j < 8; ++j) a.v[j] = (a.v[j] - of.mean) * of.scale * weight.v[j] + bias.v[j];
             a.store(y + i);
+            if (ROUNDED) extent.take(a.v);
         }
+        if (ROUNDED) round_row(y, extent, rounded, width);
         return;
     }
     for (int i = threadIdx.x; i < width; i += blockDim.x)
@@ -56,8 +61,9 @@ __device__ __forceinline__ void forward(const T* x, const float* w, const float*
 }
 
 // dx += (g - mean(g) - n * mean(g * n)) * scale, with n = (x - mean) * scale and g = dy * w.
-template <typename T>
-__device__ __forceinline__ void backward(const T* dy, const T* x, const float* w, T* dx, int width, int stride, float eps) {
+template <typename T, bool ROUNDED = false>
+__device__ __forceinline__ void backward(const T* dy, const T* x, const float* w, T* dx, int width, int stride,
+                                         float eps, RoundedRow rounded = {}) {
     const uint64_t row = (uint64_t)blockIdx.x * width;
     dy += row, x += row, dx += (uint64_t)blockIdx.x * stride;
     const Moments of = moments(x, width, eps);
@@ -81,6 +87,7 @@ __device__ __forceinline__ void backward(const T* dy, const T* x, const float* w
     }
     const float mean = block_sum(sum) / (float)width;
     const float pull = of.scale * of.scale * block_sum(dot) / (float)width;
+    Extent extent;
     if (width % 8 == 0) {
         for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
             Eight<T> a, d, to;
@@ -90,7 +97,9 @@ __device__ __forceinline__ void backward(const T* dy, const T* x, const float* w
             for (int j = 0; j < 8; ++j)
                 to.v[j] += (d.v[j] * weight.v[j] - mean - (a.v[j] - of.mean) * pull) * of.scale;
             to.store(dx + i);
+            if (ROUNDED) extent.take(to.v);
         }
+        if (ROUNDED) round_row(dx, extent, rounded, width);
         return;
     }
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
@@ -112,3 +121,18 @@ __device__ __forceinline__ void backward(const T* dy, const T* x, const float* w
     }
 FOR(float, f32)
 FOR(bf16, bf16)
+
+extern "C" __global__ void layer_norm_forward_rounded_bf16(const bf16* x, const float* w, const float* b, bf16* y,
+                                                           fp8* codes, float* code_scales, int width, int stride,
+                                                           float eps) {
+    wait_for_earlier_kernels();
+    const RoundedRow rounded = {codes + (uint64_t)blockIdx.x * width, code_scales + blockIdx.x};
+    forward<bf16, true>(x, w, b, y, width, stride, eps, rounded);
+}
+extern "C" __global__ void layer_norm_backward_rounded_bf16(const bf16* dy, const bf16* x, const float* w, bf16* dx,
+                                                            fp8* codes, float* code_scales, int width, int stride,
+                                                            float eps) {
+    wait_for_earlier_kernels();
+    const RoundedRow rounded = {codes + (uint64_t)blockIdx.x * width, code_scales + blockIdx.x};
+    backward<bf16, true>(dy, x, w, dx, width, stride, eps, rounded);
+}

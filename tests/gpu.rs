@@ -430,6 +430,45 @@ fn what_a_step_asks_of_the_device() {
     println!("edges {} {}", asked().unwrap().early_edges, asked().unwrap().graphs);
 }
 
+/// A step with products in 8 bits: kernels that make the operands of products write them in 8 bits too,
+/// which saves thirteen passes: in each of two layers both norms, the activation, the gradient of the output
+/// projection, and those of gate and of up; and the gradient of the lower layer's output. What is left in a layer are
+/// attention's output and the gradients of queries, of keys and of values; and the gradient of the upper layer's
+/// output, which comes from the rows with targets.
+#[test]
+fn what_rounding_asks_of_the_device() {
+    if std::env::var_os("HONE_COUNT_ROUNDING").is_none() {
+        let itself = std::env::current_exe().unwrap();
+        let counted = std::process::Command::new(itself)
+            .args(["--exact", "what_rounding_asks_of_the_device", "--nocapture"])
+            .env("HONE_COUNT_ROUNDING", "1")
+            .output()
+            .unwrap();
+        print!("{}", String::from_utf8_lossy(&counted.stdout));
+        assert!(counted.status.success(), "{}", String::from_utf8_lossy(&counted.stderr));
+        return;
+    }
+    let Some(gpu) = gpu() else { return };
+    if asked().is_none() {
+        return;
+    }
+    let (decoder, adapter) = decoder("llama3", &gpu, Precision::Fp8, 0.0);
+    decoder.keep_expanded(2);
+    Change::Steps.set(false);
+    let count = |rounded: bool| {
+        Change::Rounded.set(rounded);
+        let passes = || launches_of(c"fp8_rows_bf16").unwrap();
+        let all = passes();
+        let (before, after) = two_steps(&decoder, &adapter, Keep::Everything);
+        (after.launches - before.launches, after.products - before.products, (passes() - all) / 6)
+    };
+    let (without, with) = (count(false), count(true));
+    // The lowest layer needs no gradient of the input of q, k and v.
+    assert_eq!((without.2, with.2), (2 * (4 + 7) - 3, 2 * (1 + 3) - 3 + 1), "passes that round");
+    assert_eq!(without.0 - with.0, 13, "launches");
+    assert_eq!(without.1, with.1, "products");
+}
+
 /// Launches of a step.
 const LAUNCHES: u64 = 2 * (15 + 24) - 3 + 13;
 

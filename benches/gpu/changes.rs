@@ -1,9 +1,9 @@
 //! The worth of each change of the GPU engine: steps of a workload with it and without it, in turn, on one model; and
 //! the host's own time for a launch.
 //!
-//! `ours changes --folder F [--workloads packed,long,short] [--only NAMES] [--rounds 2] [--steps 6]`: for each change
-//! the median seconds of a step, launches and peak memory on both sides, and whether the losses have the same bits.
-//! Results so far are in the `--out` file after each change.
+//! `ours changes --folder F [--workloads packed,long,short] [--only NAMES] [--rounds 2] [--steps 6]
+//! [--precision bf16|fp8]`: for each change the median seconds of a step, launches and peak memory on both sides, and
+//! whether the losses have the same bits. Results so far are in the `--out` file after each change.
 //! `ours host [--rounds 7] [--passes 20]`: host microseconds for each launch and product of a tiny model's pass, with
 //! all changes, without each that concerns the host, and without all of these; and those for a token that is
 //! generated, with a graph and without. On a GPU the host runs ahead of it; on the fake driver with
@@ -24,13 +24,15 @@ use serde_json::{Value, json};
 
 use super::{Result, decoder, median, memory, steps, train};
 
-/// The changes of a list of names; all if it is empty.
-fn chosen(names: &str) -> Vec<Change> {
+/// The changes of a list of names; all that a precision has if it is empty.
+fn chosen(names: &str, precision: Precision) -> Vec<Change> {
     let wanted: Vec<&str> = names.split(',').filter(|name| !name.is_empty()).collect();
-    // These are of serving: `ours serve` measures both sides.
-    let is_served = |change: &Change| matches!(change, Change::Graphs | Change::Added);
-    let is_wanted =
-        |change: &Change| !is_served(change) && (wanted.is_empty() || wanted.contains(&change.name()));
+    let is_wanted = |change: &Change| match change {
+        // These are of serving: `ours serve` measures both sides.
+        Change::Graphs | Change::Added => false,
+        Change::Rounded if precision != Precision::Fp8 => false,
+        _ => wanted.is_empty() || wanted.contains(&change.name()),
+    };
     Change::ALL.into_iter().filter(is_wanted).collect()
 }
 
@@ -58,17 +60,21 @@ pub fn changes(
     workloads: &str,
     names: &str,
     [rounds, count]: [usize; 2],
+    precision: Precision,
     device: &Device,
     keep: impl Fn(&Value) -> Result<()>,
 ) -> Result<Value> {
-    let model = decoder(folder, Precision::Bf16, device)?;
+    let model = decoder(folder, precision, device)?;
+    let expanded = if precision == Precision::Fp8 { model.0.layers.len() } else { 0 };
+    // Weights in 8 bits are kept, as the memory plan does on a large card.
+    model.0.keep_expanded(expanded);
     let mut found = Vec::new();
     for workload in workloads.split(',') {
         let all = steps(folder, workload)?;
         let timed = &all[..count.min(all.len())];
         // The first steps load kernels and choose algorithms.
         train(&model, timed, 2e-5, Keep::Everything)?;
-        for change in chosen(names) {
+        for change in chosen(names, precision) {
             let mut sides = [Side::default(), Side::default()];
             for on in (0..rounds).flat_map(|round| if round % 2 == 0 { [false, true] } else { [true, false] })
             {
@@ -81,7 +87,7 @@ pub fn changes(
                 change.set(true);
                 ran?;
             }
-            model.0.keep_expanded(0);
+            model.0.keep_expanded(expanded);
             let [off, on] = &sides;
             println!(
                 "{workload}, {}: {:.2} ms a step without, {:.2} with",
@@ -90,14 +96,14 @@ pub fn changes(
                 1e3 * median(&on.seconds)
             );
             found.push(json!({
-                "change": change.name(), "workload": workload, "with": on.json(), "without": off.json(),
+                "change": change.name(), "precision": precision.name(), "workload": workload, "with": on.json(), "without": off.json(),
                 "saved_milliseconds": 1e3 * (median(&off.seconds) - median(&on.seconds)),
                 "same_losses": on.losses == off.losses,
             }));
             keep(&json!({ "contender": "hone", "changes": &found }))?;
         }
     }
-    Ok(json!({ "contender": "hone", "changes": found }))
+    Ok(json!({ "contender": "hone", "precision": precision.name(), "changes": found }))
 }
 
 /// Trains the steps from the same parameters and adds what was measured to a side.

@@ -89,7 +89,9 @@ fn main() -> Result<()> {
         Some("changes") => {
             let numbers = [flag("--rounds", "2").parse()?, flag("--steps", "6").parse()?];
             let (workloads, only) = (flag("--workloads", "packed,long,short"), flag("--only", ""));
-            changes::changes(&folder, &workloads, &only, numbers, &open(&flag("--device", "cuda:0"))?, write)?
+            let (precision, device) =
+                (named(&flag("--precision", "bf16"))?, open(&flag("--device", "cuda:0"))?);
+            changes::changes(&folder, &workloads, &only, numbers, precision, &device, write)?
         }
         Some("host") => {
             let numbers = [flag("--rounds", "7").parse()?, flag("--passes", "20").parse()?];

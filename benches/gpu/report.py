@@ -4,7 +4,7 @@
 def text(whole):
     found = {record["stage"]: record.get("result") or {} for record in whole["stages"]}
     parts = [head(whole, found.get("machine", {})), stages(whole), parity(found.get("parity")), speeds(found),
-             changes(found.get("changes")), host(found.get("host")), several(found.get("several")), serving(found),
+             changes(found.get("changes")), changes(found.get("changes-fp8")), host(found.get("host")), several(found.get("several")), serving(found),
              benches(found),
              kernels("kernels against f64", found.get("kernels-check"), ("error", "bound", "repeats")),
              kernels("attention by warpgroups against f64", found.get("attention-check"), ("error", "bound", "repeats")),
@@ -55,7 +55,7 @@ def changes(result):
              of["saved_milliseconds"], of["without"]["launches_a_step"], of["with"]["launches_a_step"],
              gigabytes(of["without"]), gigabytes(of["with"]), "same losses" if of["same_losses"] else ""]
             for of in result["changes"]]
-    return table(["change", "workload", "s without", "s with", "ms saved", "launches without", "with", "GB without", "with", ""], rows)
+    return table([f"change in {result.get('precision', 'bf16')}", "workload", "s without", "s with", "ms saved", "launches without", "with", "GB without", "with", ""], rows)
 
 
 def host(result):

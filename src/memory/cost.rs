@@ -145,10 +145,10 @@ impl Counter<'_> {
         let facts = &self.task.facts;
         let products = || facts.layers[layer].projections().map(|p| self.product(layer, p)).sum::<Work>();
         let groups = || terms::groups(facts, layer).into_iter();
-        let forward = products() + groups().map(|group| self.rounded_input(group)).sum::<Work>();
+        let forward = products() + groups().map(|group| self.rounded_input(layer, group)).sum::<Work>();
         let forward = forward + self.attention(1.0);
         let pairs: Work = groups().map(|group| self.pairs(layer, group)).sum();
-        let rounded = groups().flatten().map(|p| self.rounded(p, p.rows)).sum::<Work>();
+        let rounded = groups().map(|group| self.rounded_gradient(layer, group)).sum::<Work>();
         let backward = products() + self.attention(2.5) + pairs + rounded;
         // Bytes in widths. Forward: two norms, two sums, rope, and the product of gate and up. Backward: more than
         // twice that.
@@ -169,7 +169,7 @@ impl Counter<'_> {
         let attention = &facts.layers[layer].attention;
         let FeedForward::Dense(feed_forward) = &facts.layers[layer].feed_forward;
         let products = |list: &[Projection]| {
-            list.iter().map(|p| self.product(layer, p)).sum::<Work>() + self.rounded_input(list)
+            list.iter().map(|p| self.product(layer, p)).sum::<Work>() + self.rounded_input(layer, list)
         };
         // A norm after the down projection needs that projection's output.
         let fed = match facts.names.feed_forward_post_norm {
@@ -236,18 +236,37 @@ impl Counter<'_> {
         Work { matrix: flops, bytes: expand, ..Work::default() }
     }
 
-    /// The input of layers that read the same, rounded to 8 bits.
-    fn rounded_input(&self, group: &[Projection]) -> Work {
-        self.rounded(&group[0], group[0].cols)
+    /// The input of layers that read the same, rounded to 8 bits. No block has a whole row of attention's output.
+    fn rounded_input(&self, layer: usize, group: &[Projection]) -> Work {
+        let [_, output, ..] = terms::groups(&self.task.facts, layer);
+        self.rounded(layer, group, &group[0], group[0].cols, group[0].path == output[0].path)
     }
 
-    /// An operand of `width` columns rounded to 8 bits, for a product with a frozen weight.
-    fn rounded(&self, projection: &Projection, width: usize) -> Work {
+    /// The gradient of their outputs. No block has a whole row of that of queries, keys and values.
+    fn rounded_gradient(&self, layer: usize, group: &[Projection]) -> Work {
+        let [projected, ..] = terms::groups(&self.task.facts, layer);
+        let apart = group[0].path == projected[0].path;
+        group.iter().map(|p| self.rounded(layer, group, p, p.rows, apart)).sum()
+    }
+
+    /// An operand of `width` columns rounded to 8 bits, for a product with a frozen weight: `apart` in a pass of its
+    /// own. The kernel that makes it rounds it only for layers that have their pairs in its spare columns.
+    fn rounded(
+        &self,
+        layer: usize,
+        group: &[Projection],
+        projection: &Projection,
+        width: usize,
+        apart: bool,
+    ) -> Work {
         if !self.task.in_8_bits(projection.rows, projection.cols) {
             return Work::default();
         }
-        let bytes = (self.tokens * width) as f64 * (self.element() + 1.0);
-        Work { bytes, launches: 1.0, ..Work::default() }
+        let values = (self.tokens * width) as f64;
+        match apart || terms::spare(self.task, self.machine.place, layer, group, self.tokens) == 0 {
+            true => Work { bytes: values * (self.element() + 1.0), launches: 1.0, ..Work::default() },
+            false => Work { bytes: values, ..Work::default() },
+        }
     }
 
     /// Forward and backward pass of the pairs of layers that read the same input. Inside the product with the weight,

@@ -300,14 +300,18 @@ fn expanded_in_8_bits(task: &Task, layers: usize) -> usize {
     weight + pairs * task.activation_bytes(Place::Gpu)
 }
 
-/// Bytes for each token of an operand in 8 bits with its scale, and of a product that is scaled behind its sums.
+/// Bytes for each token of an operand in 8 bits with its scale, and of a product that is scaled behind its sums; or of
+/// the gradients of gate and up, which lie there together, in the same moment as the widest others.
 fn rounded(task: &Task, place: Place) -> usize {
     let of = |p: &Projection| match task.in_8_bits(p.rows, p.cols) {
         true => p.rows.max(p.cols) + 4 + p.rows.min(task.facts.width) * task.activation_bytes(place),
         false => 0,
     };
+    let whole = |p: &Projection| if task.in_8_bits(p.rows, p.cols) { p.rows + 4 } else { 0 };
+    let gate_up = |layer| groups(&task.facts, layer)[2].iter().map(whole).sum::<usize>();
+    let together = (0..task.facts.layers.len()).map(gate_up).max().unwrap_or(0);
     match place {
-        Place::Gpu => task.facts.projections().map(|(_, p)| of(p)).max().unwrap_or(0),
+        Place::Gpu => task.facts.projections().map(|(_, p)| of(p)).max().unwrap_or(0).max(together),
         Place::Cpu { .. } => 0,
     }
 }

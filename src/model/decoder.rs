@@ -21,6 +21,7 @@ use super::cache::Cache;
 use super::layer::{Kept, Layer};
 use super::lora::{Lora, Trainable, Training};
 use super::norm::Norm;
+use super::operand::Operand;
 use super::pass::{Pass, Step};
 use super::residency::{Ring, Together, Tour};
 use super::tokens::Wanted;
@@ -239,6 +240,7 @@ impl Decoder {
             self.layers.iter().skip(lowest).map(|layer| layer.spare(batch.rows(), &self.device, &pass));
         let (loss, d) = self.head_forward_backward(&x, batch, prepared, &lora, spare.max().unwrap_or(0))?;
         drop(x);
+        let mut d = Operand::from(d);
         for (i, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
             tour.enter(i)?;
             let mut of_layer = kept.pop().expect("one entry a layer");
@@ -249,10 +251,11 @@ impl Decoder {
             if kept.last().is_some_and(Kept::is_away) {
                 host.expect(i - 1)?;
             }
-            layer.backward(&d, of_layer, i == lowest && !below, &pass)?;
+            let rounded = i > lowest && self.layers[i - 1].rounds(batch.rows(), &self.device, &pass);
+            d = layer.backward(d, of_layer, i == lowest && !below, rounded, &pass)?;
             done(i)?;
         }
-        self.collect_embedding(&d, &batch.ids, adapter)?;
+        self.collect_embedding(&d.values, &batch.ids, adapter)?;
         Ok(loss)
     }
 

@@ -11,12 +11,13 @@ use crate::ops::activation;
 use crate::ops::change::Change;
 use crate::ops::unwritten;
 
-use super::inside::spare_in;
+use super::inside::{rounded_in, spare_in};
 use super::linear::{self, Linear, side_by_side, side_by_side_backward};
 use super::lora::Low;
 #[cfg(feature = "cuda")]
 use super::made;
 use super::norm::{self, Norm, Normed};
+use super::operand::Operand;
 use super::pass::Pass;
 
 /// One layer's feed-forward with its norms.
@@ -145,7 +146,7 @@ impl FeedForward {
         }
         let activated = self.activated(&gate_up, pass)?;
         let added = norm::join(&dense.down, &self.post_norm, &activated, residual, pass)?;
-        let low = self.kept_low(added.low, &activated, pass)?;
+        let low = self.kept_low(added.low, &activated.values, pass)?;
         Ok((added.sum, Whole { gate_up, branch: added.branch, low }))
     }
 
@@ -160,17 +161,23 @@ impl FeedForward {
             let activated = self.activated(&gate_up, pass)?;
             let result = unwritten(input.shape(), input.dtype(), input.device())?;
             low = dense.down.forward(&activated, &result, false, pass)?;
-            low = self.kept_low(low, &activated, pass)?;
+            low = self.kept_low(low, &activated.values, pass)?;
             branch = Some(result);
         }
         Ok(Whole { gate_up, branch, low })
     }
 
     /// The input of the down projection, with the spare columns that it needs.
-    fn activated(&self, gate_up: &GateUp, pass: &Pass) -> Result<Tensor> {
+    fn activated(&self, gate_up: &GateUp, pass: &Pass) -> Result<Operand> {
         let (dense, values) = (self.dense(), &gate_up.values);
-        let spare = dense.down.spare(values.dim(0)?, values.device(), pass);
-        activation::forward_beside(values, dense.activation, spare)
+        let (rows, device) = (values.dim(0)?, values.device());
+        let spare = dense.down.spare(rows, device, pass);
+        #[cfg(feature = "cuda")]
+        if rounded_in(std::slice::from_ref(&dense.down), rows, device, pass) {
+            let (values, rounded) = activation::forward_rounded(values, dense.activation, spare)?;
+            return Ok(Operand { values, rounded: vec![rounded] });
+        }
+        Ok(activation::forward_beside(values, dense.activation, spare)?.into())
     }
 
     /// The low-rank product of the down projection, in memory of its own, because its input is not kept.
@@ -186,9 +193,11 @@ impl FeedForward {
         if let Some(values) = made::side_by_side(&self.norm, input, &self.dense().gate_up, pass)? {
             return Ok(GateUp { values, scales: None, lows: Vec::new() });
         }
-        let spare = spare_in(&self.dense().gate_up, input.dim(0)?, input.device(), pass);
-        let (normed, scales) = norm::forward_beside(&self.norm, input, spare)?;
-        let (values, lows) = side_by_side(&self.dense().gate_up, &normed, pass)?;
+        let (parts, rows) = (&self.dense().gate_up, input.dim(0)?);
+        let spare = spare_in(parts, rows, input.device(), pass);
+        let rounded = rounded_in(parts, rows, input.device(), pass);
+        let (normed, scales) = norm::forward_beside(&self.norm, input, spare, rounded)?;
+        let (values, lows) = side_by_side(parts, &normed, pass)?;
         Ok(GateUp { values, scales, lows })
     }
 
@@ -196,7 +205,7 @@ impl FeedForward {
     /// if nothing needs it (`lowest`). Gate and up are freed before attention's gradients are computed.
     pub fn backward(
         &self,
-        d: &Tensor,
+        d: Operand,
         input: &Tensor,
         whole: Whole,
         lowest: bool,
@@ -204,10 +213,11 @@ impl FeedForward {
     ) -> Result<Option<Tensor>> {
         let (dense, Whole { gate_up: GateUp { values, scales, lows }, branch, low }) = (self.dense(), whole);
         let (rows, device) = (input.dim(0)?, input.device());
-        let d_branch = norm::through(&self.post_norm, &branch, d, dense.down.spare(rows, device, pass))?;
+        let spare = dense.down.spare(rows, device, pass);
+        let rounded = rounded_in(std::slice::from_ref(&dense.down), rows, device, pass);
+        let d_branch = norm::through(&self.post_norm, &branch, d, spare, rounded)?;
         drop(branch);
-        let spare = spare_in(&dense.gate_up, rows, device, pass);
-        let d_gate_up = self.through_activation(&d_branch, &values, low.as_ref(), spare, pass)?;
+        let d_gate_up = self.through_activation(d_branch, &values, low.as_ref(), pass)?;
         drop(values);
         let normed = Normed { norm: &self.norm, x: input, scales: scales.as_ref() };
         side_by_side_backward(&dense.gate_up, &d_gate_up, normed, &lows, lowest, pass)
@@ -217,27 +227,45 @@ impl FeedForward {
     /// its pair.
     fn through_activation(
         &self,
-        dy: &Tensor,
+        dy: Operand,
         values: &Tensor,
         low: Option<&Tensor>,
-        spare: usize,
         pass: &Pass,
-    ) -> Result<Tensor> {
-        let Dense { activation, down, .. } = self.dense();
-        let d_activated = unwritten((values.dim(0)?, down.weight.dims().1), values.dtype(), values.device())?;
+    ) -> Result<Operand> {
+        let Dense { gate_up, activation, down } = self.dense();
+        let (rows, device) = (values.dim(0)?, values.device());
+        let spare = spare_in(gate_up, rows, device, pass);
+        let d_activated = unwritten((rows, down.weight.dims().1), values.dtype(), device)?;
+        #[cfg(feature = "cuda")]
+        let through = |keep: bool| match rounded_in(gate_up, rows, device, pass) {
+            true => {
+                let parts = gate_up.len();
+                let (values, rounded) =
+                    activation::backward_rounded(&d_activated, values, *activation, spare, keep, parts)?;
+                Ok(Operand { values, rounded })
+            }
+            false if keep => {
+                activation::backward_keeping(&d_activated, values, *activation, spare).map(Operand::from)
+            }
+            false => activation::backward_beside(&d_activated, values, *activation, spare).map(Operand::from),
+        };
+        #[cfg(not(feature = "cuda"))]
+        let through =
+            |_| activation::backward_beside(&d_activated, values, *activation, spare).map(Operand::from);
         #[cfg(feature = "cuda")]
         if let Some(low) = low.filter(|_| Change::Activated.is_on())
             && let Some(group) = super::inside::Group::of(std::slice::from_ref(down), values, pass)?
         {
             // Only the gradient of A needs the activation, which takes its gradient's place.
-            group.backward_input(dy, low, &d_activated)?;
-            let d_gate_up = activation::backward_keeping(&d_activated, values, *activation, spare)?;
-            group.backward_pairs(dy, &d_activated)?;
+            group.backward_input(&dy, low, &d_activated)?;
+            let dy = dy.values;
+            let d_gate_up = through(true)?;
+            group.backward_pairs(&dy, &d_activated)?;
             return Ok(d_gate_up);
         }
         let activated = activation::forward(values, *activation)?;
-        down.backward(dy, &activated, low, Some(&d_activated), pass)?;
-        drop(activated);
-        activation::backward_beside(&d_activated, values, *activation, spare)
+        down.backward(&dy, &activated, low, Some(&d_activated), pass)?;
+        drop((dy, activated));
+        through(false)
     }
 }

@@ -82,6 +82,12 @@ pub fn spare_in(parts: &[Linear], tokens: usize, device: &Device, pass: &Pass) -
     spare(parts[0].weight.dims().1, &members, tokens)
 }
 
+/// Returns whether kernels that make an operand of these layers write it in 8 bits too. They have whole rows, so that
+/// only rows of whole groups of eight values count, which `fp8::takes` asks for.
+pub fn rounded_in(parts: &[Linear], tokens: usize, device: &Device, pass: &Pass) -> bool {
+    pass.frozen == Precision::Fp8 && Change::Rounded.is_on() && spare_in(parts, tokens, device, pass) > 0
+}
+
 #[cfg(feature = "cuda")]
 pub(super) use gpu::Group;
 
@@ -94,6 +100,8 @@ mod gpu {
     use crate::model::linear::columns;
     use crate::model::lora::Learner;
     use crate::model::norm::Normed;
+    use crate::model::operand::Operand;
+    use crate::ops::fp8::Scaled;
     use crate::ops::low_rank::{self, Columns, Inside, Learning, Slope};
     use crate::ops::matmul::{self, Weight};
     use crate::ops::{bias, dropout, rows, unwritten};
@@ -194,7 +202,8 @@ mod gpu {
         }
 
         /// Writes the outputs side by side to y [T, N], or adds to it. `x` [T, K + R] gets its low-rank product.
-        pub fn forward(&self, x: &Tensor, y: &Tensor, add: bool) -> Result<()> {
+        pub fn forward(&self, operand: &Operand, y: &Tensor, add: bool) -> Result<()> {
+            let x = &operand.values;
             let biased = self.parts.iter().filter(|part| part.bias.is_some()).count();
             let before = biased == self.parts.len();
             let biases = |add: bool| {
@@ -206,30 +215,43 @@ mod gpu {
             if before {
                 biases(add)?;
             }
+            let rounded = self.rounded(operand)?;
             let inside = self.inside(x.dtype(), !self.in_8_bits)?;
             self.low_inside(&inside, x)?;
             let beta = if add || before { 1.0 } else { 0.0 };
-            match self.in_8_bits {
-                false => inside.forward(x, self.factor(), y, beta)?,
-                true => {
+            match rounded {
+                None => inside.forward(x, self.factor(), y, beta)?,
+                Some(rounded) => {
                     inside.beside(x, self.factor(), y, beta)?;
-                    self.add_in_8_bits(x, y)?;
+                    self.add_in_8_bits(&rounded, y)?;
                 }
             }
             if before { Ok(()) } else { biases(true) }
         }
 
+        /// x in 8 bits, if the products are. If no kernel has rounded it, it is rounded while it may still be in the
+        /// cache.
+        fn rounded(&self, x: &Operand) -> Result<Option<Scaled>> {
+            match x.rounded.first() {
+                _ if !self.in_8_bits => Ok(None),
+                Some(rounded) => Ok(Some(rounded.clone())),
+                None => fp8::rows(&x.values, 0, self.cols()).map(Some),
+            }
+        }
+
         /// Adds the products of x with the weights alone to y [T, N].
-        fn add_in_8_bits(&self, x: &Tensor, y: &Tensor) -> Result<()> {
-            let x = fp8::rows(x, 0, self.cols())?;
+        fn add_in_8_bits(&self, x: &Scaled, y: &Tensor) -> Result<()> {
             columns(self.parts)
-                .try_for_each(|(at, part)| fp8::forward(&x, &part.weight, part.factor, y, at, 1.0))
+                .try_for_each(|(at, part)| fp8::forward(x, &part.weight, part.factor, y, at, 1.0))
         }
 
         /// The gradient of x through the weights alone, written to dx [T, K] or added.
-        fn gradient_in_8_bits(&self, dy: &Tensor, dx: &Tensor, add: bool) -> Result<()> {
-            columns(self.parts).try_for_each(|(at, part)| {
-                let dy = fp8::rows(dy, at, part.weight.dims().0)?;
+        fn gradient_in_8_bits(&self, dy: &Operand, dx: &Tensor, add: bool) -> Result<()> {
+            columns(self.parts).enumerate().try_for_each(|(number, (at, part))| {
+                let dy = match dy.rounded.get(number) {
+                    Some(rounded) => rounded.clone(),
+                    None => fp8::rows(&dy.values, at, part.weight.dims().0)?,
+                };
                 let beta = if add || at > 0 { 1.0 } else { 0.0 };
                 fp8::input_gradient(&dy, &part.weight, part.factor, dx, beta)
             })
@@ -258,16 +280,18 @@ mod gpu {
 
         /// The output of the only layer, added to `base` in memory of its own. `x` [T, K + R] gets its low-rank
         /// product.
-        pub fn onto(&self, x: &Tensor, base: &Tensor) -> Result<Tensor> {
+        pub fn onto(&self, operand: &Operand, base: &Tensor) -> Result<Tensor> {
+            let x = &operand.values;
+            let rounded = self.rounded(operand)?;
             let inside = self.inside(x.dtype(), !self.in_8_bits)?;
             self.low_inside(&inside, x)?;
-            if self.in_8_bits {
+            if let Some(rounded) = rounded {
                 let base = match &self.parts[0].bias {
                     None => base.clone(),
                     Some(bias) => bias::onto(bias, base)?,
                 };
                 let sum = inside.beside_onto(x, self.factor(), &base)?;
-                self.add_in_8_bits(x, &sum)?;
+                self.add_in_8_bits(&rounded, &sum)?;
                 return Ok(sum);
             }
             match &self.parts[0].bias {
@@ -290,7 +314,7 @@ mod gpu {
         /// computed again.
         pub fn backward(
             &self,
-            dy: &Tensor,
+            dy: &Operand,
             x: &Tensor,
             low: Option<&Tensor>,
             dx: Option<&Tensor>,
@@ -305,11 +329,11 @@ mod gpu {
                 }
             };
             self.over(dy, low, dx)?;
-            self.below(dy, x)
+            self.below(&dy.values, x)
         }
 
         /// `backward` without the gradients of A, which alone need x.
-        pub fn backward_input(&self, dy: &Tensor, low: &Tensor, dx: &Tensor) -> Result<()> {
+        pub fn backward_input(&self, dy: &Operand, low: &Tensor, dx: &Tensor) -> Result<()> {
             self.over(dy, Columns { tensor: low, at: 0 }, Some(dx))
         }
 
@@ -321,22 +345,24 @@ mod gpu {
         /// `backward` for an input that a norm made. It is computed again only if its factors do not do.
         pub fn backward_normed(
             &self,
-            dy: &Tensor,
+            dy: &Operand,
             input: Normed,
             low: Option<&Tensor>,
             dx: Option<&Tensor>,
         ) -> Result<()> {
             let learning = self.learning(|learner| (&learner.grad_a, self.factor()));
-            let (Some(factors), Some(low), true) = (input.factors(), low, self.takes_normed(dy)) else {
+            let (Some(factors), Some(low), true) = (input.factors(), low, self.takes_normed(&dy.values))
+            else {
                 return self.backward(dy, &input.values()?, low, dx);
             };
             self.over(dy, Columns { tensor: low, at: 0 }, dx)?;
-            let above = Columns { tensor: dy, at: self.rows() };
+            let above = Columns { tensor: &dy.values, at: self.rows() };
             low_rank::normed_gradient(input.x, factors, above, &learning)
         }
 
         /// The products that read dy: its low-rank product, the gradients of B, and the gradient of x.
-        fn over(&self, dy: &Tensor, low: Columns, dx: Option<&Tensor>) -> Result<()> {
+        fn over(&self, operand: &Operand, low: Columns, dx: Option<&Tensor>) -> Result<()> {
+            let dy = &operand.values;
             let inside = self.inside(dy.dtype(), dx.is_some() && !self.in_8_bits)?;
             let learning = self.learning(|learner| (&learner.grad_b, learner.pair.scale * self.factor()));
             if takes_both(dy.dtype() == DType::BF16, self.shapes()) {
@@ -353,12 +379,12 @@ mod gpu {
                 (None, _) => Ok(()),
                 (Some(dx), None) if self.in_8_bits => {
                     inside.through(dy, 0, self.spare, self.factor(), dx)?;
-                    self.gradient_in_8_bits(dy, dx, true)
+                    self.gradient_in_8_bits(operand, dx, true)
                 }
                 (Some(dx), None) => inside.input_gradient(dy, self.factor(), dx, 0.0),
                 (Some(dx), Some(_)) => {
                     match self.in_8_bits {
-                        true => self.gradient_in_8_bits(dy, dx, false)?,
+                        true => self.gradient_in_8_bits(operand, dx, false)?,
                         false => inside.input_gradient_apart(dy, self.factor(), dx)?,
                     }
                     self.pairs().try_for_each(|(_, rank_at, learner)| {

@@ -9,8 +9,10 @@ use crate::facts::{Facts, Keep, Projection};
 use crate::ops::attention::cached::{Segments, Store};
 
 use super::feed_forward::{self, FeedForward, Form};
+use super::inside::rounded_in;
 use super::linear::Linear;
 use super::norm::{self, Norm};
+use super::operand::Operand;
 use super::pass::Pass;
 use super::self_attention::{self, SelfAttention};
 
@@ -107,6 +109,13 @@ impl Layer {
         output.max(of(&dense.down, &self.feed_forward.post_norm))
     }
 
+    /// Returns whether the backward pass reads the gradient of the layer's output in 8 bits first.
+    pub fn rounds(&self, tokens: usize, device: &Device, pass: &Pass) -> bool {
+        let Form::Dense(dense) = &self.feed_forward.form;
+        self.feed_forward.post_norm.is_none()
+            && rounded_in(std::slice::from_ref(&dense.down), tokens, device, pass)
+    }
+
     /// x [T, C] -> the layer's output, and as much of what its backward pass needs as `keep` allows. An input that
     /// waits in host memory is the caller's to bring there and back.
     pub fn forward(&self, x: Tensor, keep: Keep, pass: &Pass) -> Result<(Tensor, Kept)> {
@@ -123,10 +132,18 @@ impl Layer {
         Ok(self.feed_forward.forward(self.fed(x, &middle), &middle, pass)?.0)
     }
 
-    /// Turns `d` [T, C] from the gradient of the output into that of x, in place. Behind it are at least as many spare
-    /// columns as `spare` says. With `lowest`, no layer below needs the gradient, and work that only serves it is
-    /// skipped.
-    pub fn backward(&self, d: &Tensor, kept: Kept, lowest: bool, pass: &Pass) -> Result<()> {
+    /// Turns `d` [T, C] from the gradient of the output into that of x, in place, in 8 bits too if `rounded` is set.
+    /// Behind it are at least as many spare columns as `spare` says. With `lowest`, no layer below needs the gradient,
+    /// and work that only serves it is skipped.
+    pub fn backward(
+        &self,
+        d: Operand,
+        kept: Kept,
+        lowest: bool,
+        rounded: bool,
+        pass: &Pass,
+    ) -> Result<Operand> {
+        let stream = d.values.clone();
         let x = kept.x.expect("an input that was away has arrived");
         let attention = self.attention.complete(kept.attention, &x, pass)?;
         let input = self.fed(&x, attention.sum()).clone();
@@ -135,16 +152,22 @@ impl Layer {
         // In a parallel layer, attention needs the gradient of the layer's output too, so `d` must not change
         // before it.
         let (before, behind) = if self.parallel { (None, d_fed) } else { (d_fed, None) };
-        if let Some(d_fed) = before {
-            norm::backward(&self.feed_forward.norm, &d_fed, &input, d)?;
-        }
+        let d = match before {
+            Some(d_fed) => {
+                let output = std::slice::from_ref(&self.attention.output);
+                let rounded = self.attention.post_norm.is_none()
+                    && rounded_in(output, input.dim(0)?, input.device(), pass);
+                norm::backward(&self.feed_forward.norm, &d_fed, &input, stream.clone(), rounded)?
+            }
+            None => stream.clone().into(),
+        };
         let d_read = self.attention.backward(d, &x, attention, lowest, pass)?;
         if let Some(d_fed) = behind {
-            norm::backward(&self.feed_forward.norm, &d_fed, &input, d)?;
+            norm::backward(&self.feed_forward.norm, &d_fed, &input, stream.clone(), false)?;
         }
         match d_read {
-            Some(d_read) => norm::backward(&self.attention.norm, &d_read, &x, d),
-            None => Ok(()),
+            Some(d_read) => norm::backward(&self.attention.norm, &d_read, &x, stream, rounded),
+            None => Ok(stream.into()),
         }
     }
 

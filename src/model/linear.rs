@@ -15,6 +15,7 @@ use super::dora::Way;
 use super::inside::spare_in;
 use super::lora::{Lora, Low};
 use super::norm::Normed;
+use super::operand::Operand;
 use super::pass::Pass;
 
 /// A linear layer of the base.
@@ -38,12 +39,12 @@ impl Linear {
 
     /// Writes y [T, N], or adds to it if `add` is set. Returns what the adapter in training needs for its backward
     /// pass; `None` also if that stays in the spare columns of x.
-    pub fn forward(&self, x: &Tensor, y: &Tensor, add: bool, pass: &Pass) -> Result<Low> {
+    pub fn forward(&self, x: &Operand, y: &Tensor, add: bool, pass: &Pass) -> Result<Low> {
         #[cfg(feature = "cuda")]
-        if let Some(group) = super::inside::Group::of(std::slice::from_ref(self), x, pass)? {
+        if let Some(group) = super::inside::Group::of(std::slice::from_ref(self), &x.values, pass)? {
             return group.forward(x, y, add).map(|()| None);
         }
-        self.apart(x, None, y, 0, add, pass)
+        self.apart(&x.values, None, y, 0, add, pass)
     }
 
     /// Writes y[:, at..at+N], or adds to it: the base, then the adapter. `rounded` is x in 8 bits, if layers side by
@@ -72,7 +73,8 @@ impl Linear {
     }
 
     /// `residual + forward(x)`, in memory of its own.
-    pub fn onto(&self, x: &Tensor, residual: &Tensor, pass: &Pass) -> Result<(Tensor, Low)> {
+    pub fn onto(&self, operand: &Operand, residual: &Tensor, pass: &Pass) -> Result<(Tensor, Low)> {
+        let x = &operand.values;
         #[cfg(feature = "cuda")]
         if pass.apart && x.device().is_cuda() && self.bias.is_none() {
             let sum = unwritten(residual.shape(), residual.dtype(), residual.device())?;
@@ -82,7 +84,7 @@ impl Linear {
         }
         #[cfg(feature = "cuda")]
         if let Some(group) = super::inside::Group::of(std::slice::from_ref(self), x, pass)? {
-            return Ok((group.onto(x, residual)?, None));
+            return Ok((group.onto(operand, residual)?, None));
         }
         // DoRA needs the product with the frozen weight apart from the residual stream.
         if let Lora::Training(training) = &pass.lora
@@ -156,7 +158,7 @@ impl Linear {
     /// result of `forward` or `kept_low`. Without it, x has it in its spare columns, or it is computed again.
     pub fn backward(
         &self,
-        dy: &Tensor,
+        dy: &Operand,
         x: &Tensor,
         low: Option<&Tensor>,
         dx: Option<&Tensor>,
@@ -166,7 +168,7 @@ impl Linear {
         if let Some(group) = super::inside::Group::of(std::slice::from_ref(self), x, pass)? {
             return group.backward(dy, x, low, dx);
         }
-        self.backward_apart(dy, 0, x, low, dx.map(|dx| (dx, false)), pass)
+        self.backward_apart(&dy.values, 0, x, low, dx.map(|dx| (dx, false)), pass)
     }
 
     /// `backward` for columns of `dy`, which may add to `dx`: the base, then the adapter.
@@ -219,7 +221,8 @@ pub fn kept_low(linear: &Linear, x: &Tensor, pass: &Pass) -> Result<Low> {
 
 /// x -> the outputs of all layers in the columns of one matrix, and what the adapter in training needs for its backward
 /// pass. x has as many spare columns as `spare_in` says.
-pub fn side_by_side(parts: &[Linear], x: &Tensor, pass: &Pass) -> Result<(Tensor, Vec<Low>)> {
+pub fn side_by_side(parts: &[Linear], operand: &Operand, pass: &Pass) -> Result<(Tensor, Vec<Low>)> {
+    let x = &operand.values;
     let width: usize = parts.iter().map(|part| part.weight.dims().0).sum();
     let y = unwritten((x.dim(0)?, width), x.dtype(), x.device())?;
     if let Lora::Mixed(mixture) = &pass.lora {
@@ -230,7 +233,7 @@ pub fn side_by_side(parts: &[Linear], x: &Tensor, pass: &Pass) -> Result<(Tensor
     }
     #[cfg(feature = "cuda")]
     if let Some(group) = super::inside::Group::of(parts, x, pass)? {
-        group.forward(x, &y, false)?;
+        group.forward(operand, &y, false)?;
         return Ok((y, vec![Some(group.kept(x)?)]));
     }
     let rounded = shared_in_8_bits(parts, x, width, pass)?;
@@ -370,7 +373,7 @@ fn with_short_rows(
 /// says.
 pub fn side_by_side_backward(
     parts: &[Linear],
-    dy: &Tensor,
+    dy: &Operand,
     input: Normed,
     lows: &[Low],
     lowest: bool,
@@ -386,7 +389,7 @@ pub fn side_by_side_backward(
     }
     let x = &input.values()?;
     for ((at, part), low) in columns(parts).zip(lows) {
-        part.backward_apart(dy, at, x, low.as_ref(), dx.as_ref().map(|dx| (dx, at > 0)), pass)?;
+        part.backward_apart(&dy.values, at, x, low.as_ref(), dx.as_ref().map(|dx| (dx, at > 0)), pass)?;
     }
     Ok(dx)
 }

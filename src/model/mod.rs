@@ -22,6 +22,7 @@ pub mod lora;
 #[cfg(feature = "cuda")]
 mod made;
 pub mod norm;
+pub mod operand;
 pub mod pages;
 pub mod pass;
 pub mod random;

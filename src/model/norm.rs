@@ -9,6 +9,7 @@ use crate::ops::{layer_norm, rms_norm, rows, unwritten};
 
 use super::linear::Linear;
 use super::lora::Low;
+use super::operand::Operand;
 use super::pass::Pass;
 
 /// A norm of the residual stream; weight and bias are `[C]`.
@@ -63,17 +64,33 @@ pub fn forward(norm: &Option<Norm>, x: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// `forward` with `spare` more columns, which are not written. With spare columns it also returns the factors of the
-/// rows, f32 `[T]`, if the norm is one of root mean squares: x times them and the weight is the norm.
-pub fn forward_beside(norm: &Option<Norm>, x: &Tensor, spare: usize) -> Result<(Tensor, Option<Tensor>)> {
+/// `forward` with `spare` more columns, which are not written, and in 8 bits too if `rounded` is set. With spare
+/// columns it also returns the factors of the rows, f32 `[T]`, if the norm is one of root mean squares: x times them
+/// and the weight is the norm.
+pub fn forward_beside(
+    norm: &Option<Norm>,
+    x: &Tensor,
+    spare: usize,
+    rounded: bool,
+) -> Result<(Operand, Option<Tensor>)> {
     match norm {
+        #[cfg(feature = "cuda")]
+        Some(Norm::Rms { weight, eps }) if rounded => {
+            let (values, scales, rounded) = rms_norm::forward_rounded(x, weight, *eps, spare)?;
+            Ok((Operand { values, rounded: vec![rounded] }, Some(scales)))
+        }
+        #[cfg(feature = "cuda")]
+        Some(Norm::Layer { weight, bias, eps }) if rounded => {
+            let (values, rounded) = layer_norm::forward_rounded(x, weight, bias, *eps, spare)?;
+            Ok((Operand { values, rounded: vec![rounded] }, None))
+        }
         #[cfg(feature = "cuda")]
         Some(Norm::Rms { weight, eps }) if spare > 0 => {
             let (normed, scales) = rms_norm::forward_and_scales(x, weight, *eps, spare)?;
-            Ok((normed, Some(scales)))
+            Ok((normed.into(), Some(scales)))
         }
-        Some(norm) => Ok((norm.forward_beside(x, spare)?, None)),
-        None => Ok((rows::beside(x, spare)?, None)),
+        Some(norm) => Ok((norm.forward_beside(x, spare)?.into(), None)),
+        None => Ok((rows::beside(x, spare)?.into(), None)),
     }
 }
 
@@ -104,12 +121,21 @@ impl<'a> Normed<'a> {
     }
 }
 
-/// Adds the gradient of x to `dx`.
-pub fn backward(norm: &Option<Norm>, dy: &Tensor, x: &Tensor, dx: &Tensor) -> Result<()> {
-    match norm {
-        Some(norm) => norm.backward(dy, x, dx),
-        None => rows::add(dx, dy),
-    }
+/// Adds the gradient of x to `dx`, which it returns, in 8 bits too if `rounded` is set.
+pub fn backward(norm: &Option<Norm>, dy: &Tensor, x: &Tensor, dx: Tensor, rounded: bool) -> Result<Operand> {
+    let in_8_bits = match norm {
+        #[cfg(feature = "cuda")]
+        Some(Norm::Rms { weight, eps }) if rounded => {
+            vec![rms_norm::backward_rounded(dy, x, weight, *eps, &dx)?]
+        }
+        #[cfg(feature = "cuda")]
+        Some(Norm::Layer { weight, eps, .. }) if rounded => {
+            vec![layer_norm::backward_rounded(dy, x, weight, *eps, &dx)?]
+        }
+        Some(norm) => norm.backward(dy, x, &dx).map(|()| Vec::new())?,
+        None => rows::add(&dx, dy).map(|()| Vec::new())?,
+    };
+    Ok(Operand { values: dx, rounded: in_8_bits })
 }
 
 /// `residual + norm(linear(x))`, with the tensors that the backward pass needs.
@@ -140,7 +166,7 @@ pub(super) fn count(tensor: &Option<Tensor>) -> usize {
 pub fn join(
     linear: &Linear,
     norm: &Option<Norm>,
-    x: &Tensor,
+    x: &Operand,
     residual: &Tensor,
     pass: &Pass,
 ) -> Result<Branch> {
@@ -155,13 +181,19 @@ pub fn join(
     Ok(Branch { sum, branch: Some(branch), low })
 }
 
-/// Returns the gradient of a branch, given that of the sum it was added to. It has at least `spare` columns more.
-pub fn through(norm: &Option<Norm>, branch: &Option<Tensor>, d: &Tensor, spare: usize) -> Result<Tensor> {
-    let (Some(norm), Some(branch)) = (norm, branch) else { return Ok(d.clone()) };
-    let (rows, width) = branch.dims2()?;
+/// Returns the gradient of a branch, given that of the sum it was added to. It has at least `spare` columns more. A
+/// norm writes it in 8 bits too if `rounded` is set.
+pub fn through(
+    norm: &Option<Norm>,
+    branch: &Option<Tensor>,
+    d: Operand,
+    spare: usize,
+    rounded: bool,
+) -> Result<Operand> {
+    let (Some(_), Some(branch)) = (norm, branch) else { return Ok(d) };
+    let ((rows, width), d) = (branch.dims2()?, d.values);
     let d_branch = Tensor::zeros((rows, width + spare), d.dtype(), d.device())?;
-    norm.backward(d, branch, &d_branch)?;
-    Ok(d_branch)
+    backward(norm, &d, branch, d_branch, rounded)
 }
 
 /// Norms of queries and keys. The weights are those of a head `[D]`, or of the whole projection.

@@ -9,10 +9,11 @@ use crate::ops::attention::cached::{self, Segments, Store};
 use crate::ops::rope::{self, Direction};
 use crate::ops::{rows, unwritten};
 
-use super::inside::spare_in;
+use super::inside::{rounded_in, spare_in};
 use super::linear::{Linear, side_by_side, side_by_side_backward};
 use super::lora::Low;
 use super::norm::{self, Branch, HeadNorm, Norm, Normed};
+use super::operand::Operand;
 use super::pass::Pass;
 
 /// One layer's attention with its norms.
@@ -157,7 +158,8 @@ impl SelfAttention {
             let raw = self.head_norm.as_ref().map(|norm| norm.forward(&rotated, &self.heads)).transpose()?;
             return Ok(Projected { rotated, raw, scales: None, lows: Vec::new() });
         }
-        let (normed, scales) = norm::forward_beside(&self.norm, x, self.projected_spare(x, pass)?)?;
+        let rounded = rounded_in(&self.query_key_value, x.dim(0)?, x.device(), pass);
+        let (normed, scales) = norm::forward_beside(&self.norm, x, self.projected_spare(x, pass)?, rounded)?;
         let (rotated, lows) = side_by_side(&self.query_key_value, &normed, pass)?;
         let raw = match &self.head_norm {
             Some(norm) => Some(norm.forward(&rotated, &self.heads)?),
@@ -170,8 +172,10 @@ impl SelfAttention {
         let spare = self.output.spare(x.dim(0)?, x.device(), pass);
         let (output, log_sum) =
             attention::forward_beside(rotated, &self.heads, pass.packing, pass.precision, spare)?;
+        // A row's heads are computed by many blocks, so that a product in 8 bits rounds it in a pass of its own.
+        let output = Operand::from(output);
         let added = norm::join(&self.output, &self.post_norm, &output, x, pass)?;
-        Ok(Attended { output, log_sum, added })
+        Ok(Attended { output: output.values, log_sum, added })
     }
 
     /// Returns the residual stream after attention for new rows of running sequences. Their keys and values stay in
@@ -189,14 +193,14 @@ impl SelfAttention {
             }
         }
         let output = cached::forward(&rotated, &self.heads, store, segments, pass.precision)?;
-        Ok(norm::join(&self.output, &self.post_norm, &output, x, pass)?.sum)
+        Ok(norm::join(&self.output, &self.post_norm, &output.into(), x, pass)?.sum)
     }
 
     /// `d` is the gradient of the residual stream after attention. Returns the gradient of the input of the query,
     /// key and value projections, or `None` if nothing needs it (`lowest`).
     pub fn backward(
         &self,
-        d: &Tensor,
+        d: Operand,
         x: &Tensor,
         whole: Whole,
         lowest: bool,
@@ -205,7 +209,8 @@ impl SelfAttention {
         let Whole { projected: Projected { rotated, raw, scales, lows }, attended } = whole;
         let (output, tokens) = (&attended.output, x.dim(0)?);
         let spare = self.output.spare(tokens, x.device(), pass);
-        let d_branch = norm::through(&self.post_norm, &attended.added.branch, d, spare)?;
+        let rounded = rounded_in(std::slice::from_ref(&self.output), tokens, x.device(), pass);
+        let d_branch = norm::through(&self.post_norm, &attended.added.branch, d, spare, rounded)?;
         let d_attended = unwritten((tokens, self.output.weight.dims().1), output.dtype(), output.device())?;
         let low = attended.added.low.as_ref();
         self.output.backward(&d_branch, output, low, Some(&d_attended), pass)?;
@@ -230,7 +235,8 @@ impl SelfAttention {
         }
         let d_qkv = rows::beside(&d_qkv, behind)?;
         let input = Normed { norm: &self.norm, x, scales: scales.as_ref() };
-        side_by_side_backward(&self.query_key_value, &d_qkv, input, &lows, lowest, pass)
+        // Their rows, too, are computed by many blocks.
+        side_by_side_backward(&self.query_key_value, &d_qkv.into(), input, &lows, lowest, pass)
     }
 
     /// Spare columns of the projections' input, and of the gradient of their outputs.

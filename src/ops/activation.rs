@@ -5,6 +5,8 @@ use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{self, Real};
+#[cfg(feature = "cuda")]
+use super::fp8::{self, Scaled};
 use crate::facts::{Activation, Function};
 use crate::with_real;
 
@@ -37,7 +39,7 @@ pub fn forward_beside(x: &Tensor, activation: Activation, spare: usize) -> Resul
     let width = activation.width(columns);
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return gpu::forward(x, activation, spare);
+        return gpu::forward(x, activation, spare, None);
     }
     assert_eq!(spare, 0, "spare columns on a CPU");
     with_real!(x, T => {
@@ -62,7 +64,7 @@ pub fn backward_beside(dh: &Tensor, x: &Tensor, activation: Activation, spare: u
     let width = activation.width(columns);
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return gpu::backward(dh, x, activation, spare, false);
+        return gpu::backward(dh, x, activation, spare, false, &[]);
     }
     assert_eq!(spare, 0, "spare columns on a CPU");
     with_real!(x, T => {
@@ -79,7 +81,32 @@ pub fn backward_beside(dh: &Tensor, x: &Tensor, activation: Activation, spare: u
 /// `backward_beside` on a GPU, in the same pass over memory of which dh becomes what `forward` returns.
 #[cfg(feature = "cuda")]
 pub fn backward_keeping(dh: &Tensor, x: &Tensor, activation: Activation, spare: usize) -> Result<Tensor> {
-    gpu::backward(dh, x, activation, spare, true)
+    gpu::backward(dh, x, activation, spare, true, &[])
+}
+
+/// `forward_beside` on a GPU, and the result without its spare columns in 8 bits.
+#[cfg(feature = "cuda")]
+pub fn forward_rounded(x: &Tensor, activation: Activation, spare: usize) -> Result<(Tensor, Scaled)> {
+    let (rows, columns) = x.dims2()?;
+    let rounded = fp8::empty(rows, activation.width(columns), x)?;
+    Ok((gpu::forward(x, activation, spare, Some(&rounded))?, rounded))
+}
+
+/// `backward_beside` on a GPU, or `backward_keeping` with `keep`, and the gradient without its spare columns in 8 bits:
+/// as one matrix, or those of gate and of up if `parts` is 2.
+#[cfg(feature = "cuda")]
+pub fn backward_rounded(
+    dh: &Tensor,
+    x: &Tensor,
+    activation: Activation,
+    spare: usize,
+    keep: bool,
+    parts: usize,
+) -> Result<(Tensor, Vec<Scaled>)> {
+    let (rows, columns) = x.dims2()?;
+    assert!(parts == 1 || parts == 2 && activation.gated, "{parts} parts of {activation:?}");
+    let rounded = (0..parts).map(|_| fp8::empty(rows, columns / parts, x)).collect::<Result<Vec<_>>>()?;
+    Ok((gpu::backward(dh, x, activation, spare, keep, &rounded)?, rounded))
 }
 
 /// A function of one number, with its derivative.
@@ -208,45 +235,62 @@ impl Curve for GeluErf {
 /// The launches of `kernels/activation.cu`: one block per row.
 #[cfg(feature = "cuda")]
 mod gpu {
+    use candle_core::DType;
+
     use super::*;
     use crate::ops::cuda::Launch;
 
     const THREADS: usize = 256;
 
     /// The kernels of the forward and of the backward pass.
-    fn curve(activation: Activation) -> (&'static str, &'static str) {
-        match activation.function {
-            Function::Silu => ("forward_silu", "backward_silu"),
-            Function::GeluTanh => ("forward_gelu_tanh", "backward_gelu_tanh"),
-            Function::GeluErf => ("forward_gelu_erf", "backward_gelu_erf"),
+    fn curve(activation: Activation, rounded: bool) -> (&'static str, &'static str) {
+        match (activation.function, rounded) {
+            (Function::Silu, false) => ("forward_silu", "backward_silu"),
+            (Function::GeluTanh, false) => ("forward_gelu_tanh", "backward_gelu_tanh"),
+            (Function::GeluErf, false) => ("forward_gelu_erf", "backward_gelu_erf"),
+            (Function::Silu, true) => ("forward_rounded_silu", "backward_rounded_silu"),
+            (Function::GeluTanh, true) => ("forward_rounded_gelu_tanh", "backward_rounded_gelu_tanh"),
+            (Function::GeluErf, true) => ("forward_rounded_gelu_erf", "backward_rounded_gelu_erf"),
         }
     }
 
-    /// The activation of `x` [rows, columns] -> [rows, width], on the GPU.
-    pub fn forward(x: &Tensor, activation: Activation, spare: usize) -> Result<Tensor> {
+    /// The activation of `x` [rows, columns] -> [rows, width], on the GPU. `rounded` gets it in 8 bits.
+    pub fn forward(
+        x: &Tensor,
+        activation: Activation,
+        spare: usize,
+        rounded: Option<&Scaled>,
+    ) -> Result<Tensor> {
         let (rows, columns) = x.dims2()?;
         let width = activation.width(columns);
         let h = crate::ops::unwritten((rows, width + spare), x.dtype(), x.device())?;
-        let launch = Launch::new(x, "activation", curve(activation).0)?;
-        let launch =
-            launch.tensor(x).tensor(&h).int(width).int(width + spare).int(usize::from(activation.gated));
+        let launch = Launch::new(x, "activation", curve(activation, rounded.is_some()).0)?;
+        let launch = launch.tensor(x).tensor(&h).rounded(rounded);
+        let launch = launch.int(width).int(width + spare).int(usize::from(activation.gated));
         launch.launch((rows, 1, 1), THREADS, 0)?;
         Ok(h)
     }
 
     /// The gradient of `x`, with spare columns behind it, from that of the result. With `keep`, the result takes the
-    /// place of its gradient.
+    /// place of its gradient. `rounded` gets the gradient in 8 bits, as one matrix or as two; `&[]`: nothing does.
     pub fn backward(
         dh: &Tensor,
         x: &Tensor,
         activation: Activation,
         spare: usize,
         keep: bool,
+        rounded: &[Scaled],
     ) -> Result<Tensor> {
         let ((rows, width), stride) = (dh.dims2()?, x.dim(1)? + spare);
         let d = crate::ops::unwritten((rows, stride), x.dtype(), x.device())?;
-        let launch = Launch::new(x, "activation", curve(activation).1)?;
-        let launch = launch.tensor(dh).tensor(x).tensor(&d).int(width).int(stride);
+        let launch = Launch::new(x, "activation", curve(activation, !rounded.is_empty()).1)?;
+        let launch = launch.tensor(dh).tensor(x).tensor(&d);
+        let launch = match rounded {
+            [] => launch,
+            [whole] => launch.rounded(Some(whole)).optional(DType::U8, None).optional(DType::F32, None),
+            [gate, up, ..] => launch.rounded(Some(gate)).rounded(Some(up)),
+        };
+        let launch = launch.int(width).int(stride);
         let launch = launch.int(usize::from(activation.gated)).int(usize::from(keep));
         launch.launch((rows, 1, 1), THREADS, 0)?;
         Ok(d)

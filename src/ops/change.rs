@@ -39,6 +39,8 @@ pub enum Change {
     Both,
     /// The gradient of A comes from a norm's input, so that the norm is not computed again.
     Normed,
+    /// Kernels that make operands of products in 8 bits write them in 8 bits too.
+    Rounded,
     /// Serving's steps of one shape are recorded once as a graph and launched as a whole.
     Graphs,
     /// The same for training's passes, which are filled up to few shapes.
@@ -51,7 +53,7 @@ pub enum Change {
 
 impl Change {
     /// All changes.
-    pub const ALL: [Change; 17] = [
+    pub const ALL: [Change; 18] = [
         Change::Onto,
         Change::Algorithms,
         Change::Functions,
@@ -65,6 +67,7 @@ impl Change {
         Change::Inside,
         Change::Both,
         Change::Normed,
+        Change::Rounded,
         Change::Graphs,
         Change::Steps,
         Change::Early,
@@ -87,6 +90,7 @@ impl Change {
             Change::Inside => "inside",
             Change::Both => "both",
             Change::Normed => "normed",
+            Change::Rounded => "rounded",
             Change::Graphs => "graphs",
             Change::Steps => "steps",
             Change::Early => "early",

@@ -6,8 +6,10 @@
 //! in both, and the gradient is that of the product that was computed. Every row is scaled by what it holds now; there
 //! is no history of earlier passes. A row with a number that is not finite gives a row of NaN.
 //!
-//! On a GPU, `kernels/fp8.cu` rounds and cublasLt multiplies. Cards of compute capability 9.0 scale in the product; on
-//! others a kernel scales the sums. The CPU path has the same rounding, for tests and studies.
+//! On a GPU, `kernels/fp8.cu` rounds and cublasLt multiplies. Kernels of norms and activations, whose blocks have
+//! whole rows, write them rounded beside their results (`kernels/rounded.cuh`), with the bits of `rows`. Cards of
+//! compute capability 9.0 scale in the product; on others a kernel scales the sums. The CPU path has the same rounding,
+//! for tests and studies.
 
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
@@ -56,6 +58,13 @@ pub fn rows(x: &Tensor, at: usize, cols: usize) -> Result<Scaled> {
         to.copy_from_slice(&data[row * width + at..][..cols]);
         largest(to)
     })
+}
+
+/// Places for a matrix [rows, cols] on `like`'s GPU, for a kernel that writes what it makes in 8 bits too.
+#[cfg(feature = "cuda")]
+pub fn empty(rows: usize, cols: usize, like: &Tensor) -> Result<Scaled> {
+    let codes = super::unwritten((rows, cols), candle_core::DType::U8, like.device())?;
+    Ok(Scaled { codes, scales: super::unwritten(rows, candle_core::DType::F32, like.device())? })
 }
 
 /// `y[:, at..at+N] = alpha * x W^T + beta * y[:, at..at+N]`. beta is 0 or 1.
@@ -265,6 +274,16 @@ mod gpu {
         }
     }
 
+    impl<'a> Launch<'a> {
+        /// Adds the places of a matrix in 8 bits, codes and scales, if there is one.
+        pub fn rounded(self, to: Option<&Scaled>) -> Launch<'a> {
+            match to {
+                Some(to) => self.of(DType::U8, &to.codes).of(DType::F32, &to.scales),
+                None => self,
+            }
+        }
+    }
+
     impl Scaled {
         fn scaled(&self) -> Codes<'_> {
             Codes { bits: &self.codes, scales: Some(&self.scales) }
@@ -286,11 +305,6 @@ mod gpu {
         let launch = launch.of(DType::U8, &made.codes).of(DType::F32, &made.scales).int(cols).int(width);
         launch.launch((rows, 1, 1), ROW_THREADS, 0)?;
         Ok(made)
-    }
-
-    fn empty(rows: usize, cols: usize, like: &Tensor) -> Result<Scaled> {
-        let codes = unwritten((rows, cols), DType::U8, like.device())?;
-        Ok(Scaled { codes, scales: unwritten(rows, DType::F32, like.device())? })
     }
 
     /// See `super::of_weight`.
@@ -582,6 +596,135 @@ mod tests {
             // bf16 rounds the edges first.
             let edges = edges()?.to_dtype(gpu.dtype)?.to_dtype(DType::F32)?;
             same_bits(&rows(&gpu.put(&edges)?, 0, 16)?, &rows(&edges, 0, 16)?, "edges")
+        })
+    }
+
+    /// Rows of all sizes; some have numbers that are not finite.
+    #[cfg(feature = "cuda")]
+    fn rows_of_all_sizes(gpu: &judge::Gpu, rows: usize, cols: usize, seed: u64) -> Result<Tensor> {
+        let sizes = [1.0, 3.0e-5, 0.0, 4.0e3, 1.0e-36, 1.0e30, 17.0];
+        let sizes: Vec<f64> = (0..rows).map(|row| sizes[(row + seed as usize) % sizes.len()]).collect();
+        let values = judge::random((rows, cols), seed)?.broadcast_mul(&Tensor::from_vec(
+            sizes,
+            (rows, 1),
+            &Device::Cpu,
+        )?)?;
+        let mut values: Vec<f32> = values.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+        for (row, special) in [(1, f32::NAN), (4, f32::INFINITY), (5, f32::MIN)] {
+            if row < rows {
+                values[row * cols + (row * 7) % cols] = special;
+            }
+        }
+        gpu.put(&Tensor::from_vec(values, (rows, cols), &Device::Cpu)?)
+    }
+
+    /// What a kernel has rounded has the bits of `rows` of what it stored.
+    #[cfg(feature = "cuda")]
+    fn as_a_pass_rounds(found: &Scaled, stored: &Tensor, at: usize, what: &str) -> Result<()> {
+        let expected = rows(stored, at, found.codes.dim(1)?)?;
+        let codes = |of: &Scaled| of.codes.to_device(&Device::Cpu)?.to_vec2::<u8>();
+        let scales = |of: &Scaled| of.scales.to_device(&Device::Cpu)?.to_vec1::<f32>();
+        for (row, (found, expected)) in scales(found)?.iter().zip(&scales(&expected)?).enumerate() {
+            let alike = found.to_bits() == expected.to_bits() || found.is_nan() && expected.is_nan();
+            assert!(alike, "{what}, row {row}: scale {found}, by a pass {expected}");
+        }
+        assert!(codes(found)? == codes(&expected)?, "{what}: other codes");
+        Ok(())
+    }
+
+    /// Bits of the first `width` columns.
+    #[cfg(feature = "cuda")]
+    fn bits(tensor: &Tensor, width: usize) -> Result<Vec<u32>> {
+        let host = judge::first(tensor, width)?.to_dtype(DType::F32)?.flatten_all()?;
+        Ok(host.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
+    }
+
+    /// Rows, columns and spare columns of the tests below.
+    #[cfg(feature = "cuda")]
+    const SHAPES: [(usize, usize, usize); 5] =
+        [(1, 16, 0), (7, 48, 64), (9, 272, 64), (8, 2064, 128), (3, 4096, 64)];
+
+    /// Norms round their results, and what their gradients are added to, as a pass over it does; and what they store
+    /// has the same bits with it and without.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn norms_round_what_they_store_as_a_pass_does() -> Result<()> {
+        use crate::ops::{layer_norm, rms_norm};
+        judge::on_gpu(|gpu| {
+            for (rows, cols, spare) in SHAPES.into_iter().filter(|_| gpu.dtype == DType::BF16) {
+                let of = |seed| rows_of_all_sizes(gpu, rows, cols, seed);
+                let (x, dy) = (of(1)?, of(2)?);
+                let weight = |seed| gpu.put_as(DType::F32, judge::random(cols, seed)?.as_tensor());
+                let (w, b) = (weight(3)?, weight(4)?);
+                let beside = judge::random((rows, 64), 6)?.to_dtype(DType::BF16)?.detach();
+                let wide = || gpu.put(&Tensor::cat(&[of(5)?.to_device(&Device::Cpu)?, beside.clone()], 1)?);
+
+                let (y, _, rounded) = rms_norm::forward_rounded(&x, &w, 1e-5, spare)?;
+                as_a_pass_rounds(&rounded, &y, 0, "rms_norm")?;
+                let plain = rms_norm::forward_beside(&x, &w, 1e-5, spare)?;
+                assert_eq!(bits(&y, cols)?, bits(&plain, cols)?, "rms_norm {cols}");
+                let (found, plain) = (wide()?, wide()?);
+                let rounded = rms_norm::backward_rounded(&dy, &x, &w, 1e-5, &found)?;
+                rms_norm::backward(&dy, &x, &w, 1e-5, &plain)?;
+                as_a_pass_rounds(&rounded, &found, 0, "rms_norm's gradient")?;
+                assert_eq!(bits(&found, cols + 64)?, bits(&plain, cols + 64)?, "rms_norm's gradient {cols}");
+
+                let (y, rounded) = layer_norm::forward_rounded(&x, &w, &b, 1e-5, spare)?;
+                as_a_pass_rounds(&rounded, &y, 0, "layer_norm")?;
+                let plain = layer_norm::forward_beside(&x, &w, &b, 1e-5, spare)?;
+                assert_eq!(bits(&y, cols)?, bits(&plain, cols)?, "layer_norm {cols}");
+                let (found, plain) = (wide()?, wide()?);
+                let rounded = layer_norm::backward_rounded(&dy, &x, &w, 1e-5, &found)?;
+                layer_norm::backward(&dy, &x, &w, 1e-5, &plain)?;
+                as_a_pass_rounds(&rounded, &found, 0, "layer_norm's gradient")?;
+                assert_eq!(
+                    bits(&found, cols + 64)?,
+                    bits(&plain, cols + 64)?,
+                    "layer_norm's gradient {cols}"
+                );
+            }
+            Ok(())
+        })
+    }
+
+    /// Activations and their gradients, as one matrix and as two, in the same way.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn activations_round_what_they_store_as_a_pass_does() -> Result<()> {
+        use crate::facts::{Activation, Function};
+        use crate::ops::activation;
+        let forms = [(true, true, 1), (true, false, 2), (false, true, 1)];
+        let functions = [Function::Silu, Function::GeluTanh, Function::GeluErf];
+        let cases = functions.into_iter().flat_map(|function| forms.map(|form| (function, form)));
+        let cases: Vec<_> = cases.flat_map(|case| SHAPES.map(|shape| (case, shape))).collect();
+        judge::on_gpu(|gpu| {
+            for ((function, (gated, keep, parts)), (rows, cols, spare)) in cases.iter().copied() {
+                if gpu.dtype != DType::BF16 {
+                    return Ok(());
+                }
+                let (activation, columns) =
+                    (Activation { function, gated }, if gated { 2 * cols } else { cols });
+                let what = format!("{activation:?} {cols}, {parts} parts");
+                let x = rows_of_all_sizes(gpu, rows, columns, 7)?;
+                let (h, rounded) = activation::forward_rounded(&x, activation, spare)?;
+                as_a_pass_rounds(&rounded, &h, 0, &what)?;
+                let plain = activation::forward_beside(&x, activation, spare)?;
+                assert_eq!(bits(&h, cols)?, bits(&plain, cols)?, "{what}");
+                let of = || rows_of_all_sizes(gpu, rows, cols, 8);
+                let (dh, also) = (of()?, of()?);
+                let (d, rounded) = activation::backward_rounded(&dh, &x, activation, spare, keep, parts)?;
+                assert_eq!(rounded.len(), parts, "{what}");
+                for (part, rounded) in rounded.iter().enumerate() {
+                    as_a_pass_rounds(rounded, &d, part * cols, &what)?;
+                }
+                let plain = match keep {
+                    true => activation::backward_keeping(&also, &x, activation, spare)?,
+                    false => activation::backward_beside(&also, &x, activation, spare)?,
+                };
+                assert_eq!(bits(&d, columns)?, bits(&plain, columns)?, "{what}: gradient");
+                assert_eq!(bits(&dh, cols)?, bits(&also, cols)?, "{what}: what is kept");
+            }
+            Ok(())
         })
     }
 

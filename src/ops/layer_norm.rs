@@ -4,6 +4,8 @@ use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{self, Real};
+#[cfg(feature = "cuda")]
+use super::fp8::{self, Scaled};
 use crate::with_real;
 
 /// Rows per task: a few hundred kilobytes.
@@ -26,7 +28,7 @@ pub fn forward_beside(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64, spare: usize
     let (rows, width) = x.dims2()?;
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return gpu::forward(x, w, b, eps, spare);
+        return gpu::forward(x, w, b, eps, spare, None);
     }
     assert_eq!(spare, 0, "spare columns on a CPU");
     with_real!(x, T => {
@@ -46,6 +48,19 @@ pub fn forward_beside(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64, spare: usize
     })
 }
 
+/// `forward_beside` on a GPU, and the result without its spare columns in 8 bits.
+#[cfg(feature = "cuda")]
+pub fn forward_rounded(
+    x: &Tensor,
+    w: &Tensor,
+    b: &Tensor,
+    eps: f64,
+    spare: usize,
+) -> Result<(Tensor, Scaled)> {
+    let rounded = fp8::empty(x.dim(0)?, x.dim(1)?, x)?;
+    Ok((gpu::forward(x, w, b, eps, spare, Some(&rounded))?, rounded))
+}
+
 /// Adds the gradient of x to `dx`: with n = (x - mean) / s and g = dy * w,
 /// `dx += (g - mean(g) - n * mean(g * n)) / s`. Weight and bias are frozen. On a GPU, `dx` may have more columns than x
 /// behind those that are added to.
@@ -53,7 +68,7 @@ pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> R
     let (_, width) = x.dims2()?;
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return gpu::backward(dy, x, w, eps, dx);
+        return gpu::backward(dy, x, w, eps, dx, None);
     }
     with_real!(x, T => {
         let (x, w, dy) = (&*cpu::read::<T>(x)?, &*cpu::read::<T>(w)?, &*cpu::read::<T>(dy)?);
@@ -70,6 +85,14 @@ pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> R
             })
         })
     })
+}
+
+/// `backward` on a GPU. Returns `dx` with what was added, without columns behind x's, in 8 bits.
+#[cfg(feature = "cuda")]
+pub fn backward_rounded(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> Result<Scaled> {
+    let rounded = fp8::empty(x.dim(0)?, x.dim(1)?, x)?;
+    gpu::backward(dy, x, w, eps, dx, Some(&rounded))?;
+    Ok(rounded)
 }
 
 /// Sets `centred = x - mean` and returns 1 / sqrt(var + eps). It takes two passes, so that a mean far from zero
@@ -100,24 +123,45 @@ mod gpu {
     use candle_core::{DType, Result, Tensor};
 
     use crate::ops::cuda::Launch;
+    use crate::ops::fp8::Scaled;
 
     const THREADS: usize = 256;
 
-    /// The norm of each row of `x`, on the GPU, with spare columns behind it.
-    pub fn forward(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64, spare: usize) -> Result<Tensor> {
+    /// The norm of each row of `x`, on the GPU, with spare columns behind it. `rounded` gets it in 8 bits.
+    pub fn forward(
+        x: &Tensor,
+        w: &Tensor,
+        b: &Tensor,
+        eps: f64,
+        spare: usize,
+        rounded: Option<&Scaled>,
+    ) -> Result<Tensor> {
         let ((rows, width), stride) = (x.dims2()?, x.dim(1)? + spare);
         let y = crate::ops::unwritten((rows, stride), x.dtype(), x.device())?;
-        let launch = Launch::new(x, "layer_norm", "forward")?.tensor(x).of(DType::F32, w).of(DType::F32, b);
-        launch.tensor(&y).int(width).int(stride).float(eps).launch((rows, 1, 1), THREADS, 0)?;
+        let name = rounded.map_or("forward", |_| "forward_rounded");
+        let launch = Launch::new(x, "layer_norm", name)?.tensor(x).of(DType::F32, w).of(DType::F32, b);
+        launch.tensor(&y).rounded(rounded).int(width).int(stride).float(eps).launch(
+            (rows, 1, 1),
+            THREADS,
+            0,
+        )?;
         Ok(y)
     }
 
-    /// Adds the gradient of `x` to the first columns of `dx`.
-    pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> Result<()> {
+    /// Adds the gradient of `x` to the first columns of `dx`, which `rounded` gets in 8 bits.
+    pub fn backward(
+        dy: &Tensor,
+        x: &Tensor,
+        w: &Tensor,
+        eps: f64,
+        dx: &Tensor,
+        rounded: Option<&Scaled>,
+    ) -> Result<()> {
         let ((rows, width), (_, stride)) = (x.dims2()?, dx.dims2()?);
         assert!(width <= stride, "a gradient of {width} columns in {stride}");
-        let launch = Launch::new(x, "layer_norm", "backward")?.tensor(dy).tensor(x).of(DType::F32, w);
-        launch.tensor(dx).int(width).int(stride).float(eps).launch((rows, 1, 1), THREADS, 0)
+        let name = rounded.map_or("backward", |_| "backward_rounded");
+        let launch = Launch::new(x, "layer_norm", name)?.tensor(dy).tensor(x).of(DType::F32, w);
+        launch.tensor(dx).rounded(rounded).int(width).int(stride).float(eps).launch((rows, 1, 1), THREADS, 0)
     }
 }
 

@@ -4,6 +4,8 @@ use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{self, Real};
+#[cfg(feature = "cuda")]
+use super::fp8::{self, Scaled};
 use crate::with_real;
 
 /// Rows per task: a few hundred kilobytes.
@@ -25,7 +27,7 @@ pub fn forward_beside(x: &Tensor, w: &Tensor, eps: f64, spare: usize) -> Result<
     let (rows, width) = x.dims2()?;
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return gpu::forward(x, w, eps, spare, None);
+        return gpu::forward(x, w, eps, spare, None, None);
     }
     assert_eq!(spare, 0, "spare columns on a CPU");
     with_real!(x, T => {
@@ -49,7 +51,16 @@ pub fn forward_beside(x: &Tensor, w: &Tensor, eps: f64, spare: usize) -> Result<
 #[cfg(feature = "cuda")]
 pub fn forward_and_scales(x: &Tensor, w: &Tensor, eps: f64, spare: usize) -> Result<(Tensor, Tensor)> {
     let scales = super::unwritten(x.dim(0)?, candle_core::DType::F32, x.device())?;
-    Ok((gpu::forward(x, w, eps, spare, Some(&scales))?, scales))
+    Ok((gpu::forward(x, w, eps, spare, Some(&scales), None)?, scales))
+}
+
+/// `forward_and_scales`, and the result without its spare columns in 8 bits.
+#[cfg(feature = "cuda")]
+pub fn forward_rounded(x: &Tensor, w: &Tensor, eps: f64, spare: usize) -> Result<(Tensor, Tensor, Scaled)> {
+    let (rows, width) = x.dims2()?;
+    let scales = super::unwritten(rows, candle_core::DType::F32, x.device())?;
+    let rounded = fp8::empty(rows, width, x)?;
+    Ok((gpu::forward(x, w, eps, spare, Some(&scales), Some(&rounded))?, scales, rounded))
 }
 
 /// Adds the gradient of x to `dx`: with n = x / rms, `dx += (dy*w - n * mean(dy*w*n)) / rms`. The weight is frozen. On
@@ -58,7 +69,7 @@ pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> R
     let (_, width) = x.dims2()?;
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return gpu::backward(dy, x, w, eps, dx);
+        return gpu::backward(dy, x, w, eps, dx, None);
     }
     with_real!(x, T => {
         let (x, w, dy) = (&*cpu::read::<T>(x)?, &*cpu::read::<T>(w)?, &*cpu::read::<T>(dy)?);
@@ -73,6 +84,14 @@ pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> R
             })
         })
     })
+}
+
+/// `backward` on a GPU. Returns `dx` with what was added, without columns behind x's, in 8 bits.
+#[cfg(feature = "cuda")]
+pub fn backward_rounded(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> Result<Scaled> {
+    let rounded = fp8::empty(x.dim(0)?, x.dim(1)?, x)?;
+    gpu::backward(dy, x, w, eps, dx, Some(&rounded))?;
+    Ok(rounded)
 }
 
 #[inline(always)]
@@ -97,31 +116,43 @@ mod gpu {
     use candle_core::{DType, Result, Tensor};
 
     use crate::ops::cuda::Launch;
+    use crate::ops::fp8::Scaled;
 
     const THREADS: usize = 256;
 
-    /// The norm of each row of `x`, on the GPU, with spare columns behind it. `scales` gets 1 / rms of each row.
+    /// The norm of each row of `x`, on the GPU, with spare columns behind it. `scales` gets 1 / rms of each row, and
+    /// `rounded` the norm in 8 bits.
     pub fn forward(
         x: &Tensor,
         w: &Tensor,
         eps: f64,
         spare: usize,
         scales: Option<&Tensor>,
+        rounded: Option<&Scaled>,
     ) -> Result<Tensor> {
         let ((rows, width), stride) = (x.dims2()?, x.dim(1)? + spare);
         let y = crate::ops::unwritten((rows, stride), x.dtype(), x.device())?;
-        let launch = Launch::new(x, "rms_norm", "forward")?.tensor(x).of(DType::F32, w).tensor(&y);
-        let launch = launch.optional(DType::F32, scales);
+        let name = rounded.map_or("forward", |_| "forward_rounded");
+        let launch = Launch::new(x, "rms_norm", name)?.tensor(x).of(DType::F32, w).tensor(&y);
+        let launch = launch.optional(DType::F32, scales).rounded(rounded);
         launch.int(width).int(stride).float(eps).launch((rows, 1, 1), THREADS, 0)?;
         Ok(y)
     }
 
-    /// Adds the gradient of `x` to the first columns of `dx`.
-    pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> Result<()> {
+    /// Adds the gradient of `x` to the first columns of `dx`, which `rounded` gets in 8 bits.
+    pub fn backward(
+        dy: &Tensor,
+        x: &Tensor,
+        w: &Tensor,
+        eps: f64,
+        dx: &Tensor,
+        rounded: Option<&Scaled>,
+    ) -> Result<()> {
         let ((rows, width), (_, stride)) = (x.dims2()?, dx.dims2()?);
         assert!(width <= stride, "a gradient of {width} columns in {stride}");
-        let launch =
-            Launch::new(x, "rms_norm", "backward")?.tensor(dy).tensor(x).of(DType::F32, w).tensor(dx);
+        let name = rounded.map_or("backward", |_| "backward_rounded");
+        let launch = Launch::new(x, "rms_norm", name)?.tensor(dy).tensor(x).of(DType::F32, w).tensor(dx);
+        let launch = launch.rounded(rounded);
         launch.int(width).int(stride).float(eps).launch((rows, 1, 1), THREADS, 0)
     }
 }
