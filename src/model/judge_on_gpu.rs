@@ -27,6 +27,10 @@ fn cases_of(width: usize, inner_width: usize) -> Vec<Case> {
         config.insert("hidden_size".into(), json!(if falcon { 32 } else { width }));
         let inner = if falcon { "ffn_hidden_size" } else { "intermediate_size" };
         config.insert(inner.into(), json!(inner_width));
+        // Phi-3's lists of factors are those of heads of eight columns.
+        if config["num_attention_heads"] == 3 {
+            config.insert("num_attention_heads".into(), json!(width / 8));
+        }
         if config.contains_key("head_dim") {
             config.insert("head_dim".into(), json!(8));
         }
