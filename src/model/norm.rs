@@ -73,6 +73,7 @@ pub fn forward_beside(
     spare: usize,
     rounded: bool,
 ) -> Result<(Operand, Option<Tensor>)> {
+    let _ = rounded; // only a GPU has kernels for it
     match norm {
         #[cfg(feature = "cuda")]
         Some(Norm::Rms { weight, eps }) if rounded => {
@@ -123,6 +124,7 @@ impl<'a> Normed<'a> {
 
 /// Adds the gradient of x to `dx`, which it returns, in 8 bits too if `rounded` is set.
 pub fn backward(norm: &Option<Norm>, dy: &Tensor, x: &Tensor, dx: Tensor, rounded: bool) -> Result<Operand> {
+    let _ = rounded; // only a GPU has kernels for it
     let in_8_bits = match norm {
         #[cfg(feature = "cuda")]
         Some(Norm::Rms { weight, eps }) if rounded => {
