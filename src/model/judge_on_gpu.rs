@@ -5,21 +5,32 @@ use candle_core::{DType, Device, Result};
 use serde_json::json;
 
 use super::batch::Batch;
+use super::decoder::Decoder;
 use super::inside;
 use super::judge::{Case, batch, cases, decoder_on};
 use super::recorded::{Recorder, TrainingPass};
-use crate::facts::{Facts, Keep, Quantization};
-use crate::ops::{cpu, cuda, flat, judge, starve};
+use crate::facts::{Facts, Keep, Precision, Quantization};
+use crate::ops::change::Change;
+use crate::ops::{cpu, cuda, flat, fp8, judge, starve};
 
 /// The cases of `judge.rs` in widths of whole groups of eight, and some that decide where LoRA lies.
 fn wide_cases() -> Vec<Case> {
+    cases_of(24, 40)
+}
+
+/// `wide_cases` with other widths of the stream and of the feed-forward.
+fn cases_of(width: usize, inner_width: usize) -> Vec<Case> {
     let mut list = cases();
     for case in &mut list {
         let config = case.config.as_object_mut().unwrap();
         let falcon = config["model_type"] == "falcon";
-        config.insert("hidden_size".into(), json!(if falcon { 32 } else { 24 }));
+        config.insert("hidden_size".into(), json!(if falcon { 32 } else { width }));
         let inner = if falcon { "ffn_hidden_size" } else { "intermediate_size" };
-        config.insert(inner.into(), json!(40));
+        config.insert(inner.into(), json!(inner_width));
+        // Phi-3's lists of factors are those of heads of eight columns.
+        if config["num_attention_heads"] == 3 {
+            config.insert("num_attention_heads".into(), json!(width / 8));
+        }
         if config.contains_key("head_dim") {
             config.insert("head_dim".into(), json!(8));
         }
@@ -70,6 +81,41 @@ fn gradients_are_those_of_f64_whatever_is_kept() -> Result<()> {
         }
     }
     assert!(wide > 100, "only {wide} layers have LoRA inside their product");
+    Ok(())
+}
+
+/// Products in 8 bits have the same bits whether kernels round what they make or passes of their own do, in every
+/// family and whatever is kept.
+#[test]
+fn operands_rounded_by_their_kernels_change_no_bit() -> Result<()> {
+    let Some(gpu) = judge::gpu() else { return Ok(()) };
+    let mut rounded = 0;
+    for case in cases_of(48, 48) {
+        let (mut decoder, adapter) = decoder_on(&case, DType::BF16, &gpu);
+        let gradients = |decoder: &Decoder, keep: Keep| -> Result<(f64, Vec<f64>)> {
+            flat::zero(&adapter.grads)?;
+            let keep = vec![keep; decoder.layers.len()];
+            let loss = decoder.forward_backward(&adapter, &keep, &batch(&decoder.facts), 0.5)?.value()?;
+            Ok((loss, cpu::to_f64(&adapter.grads.to_device(&Device::Cpu)?)?))
+        };
+        let other = gradients(&decoder, Keep::Everything)?;
+        decoder.frozen = Precision::Fp8;
+        let mut expected = None;
+        for (keep, on) in Keep::ALL.into_iter().flat_map(|keep| [(keep, false), (keep, true)]) {
+            Change::Rounded.set(on);
+            let found = gradients(&decoder, keep);
+            Change::Rounded.set(true);
+            let found = found?;
+            assert!(found.0.is_finite() && found != other, "{}: not in 8 bits", case.name);
+            let first = expected.get_or_insert_with(|| found.clone());
+            assert!(*first == found, "{}, {}, rounded {on}: other bits", case.name, keep.name());
+        }
+        for linear in decoder.layers[0].linears() {
+            let ((rows, cols), member) = (linear.weight.dims(), adapter.member(linear));
+            rounded += usize::from(fp8::takes(rows, cols) && inside::spare(cols, &[member], 13) > 0);
+        }
+    }
+    assert!(rounded > 50, "only {rounded} layers are in 8 bits with LoRA beside them");
     Ok(())
 }
 
