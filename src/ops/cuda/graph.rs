@@ -29,6 +29,7 @@ pub struct Graph {
     /// Its kernels may begin while the one before them ends.
     early: bool,
     /// The tensors that it uses beside its own.
+    #[cfg_attr(not(test), expect(dead_code, reason = "held, so that their memory stays"))]
     kept: Vec<Tensor>,
 }
 
