@@ -389,7 +389,12 @@ fn serve(
             // In turn: launch by launch; as graphs without kernels that begin early; as graphs; as graphs with launches of
             // their own for what adapters add.
             let mut sides = [Vec::new(), Vec::new(), Vec::new(), Vec::new()];
-            let off = [Some(Change::Graphs), Some(Change::Early), None, Some(Change::Added).filter(|_| adapters > 0)];
+            let off = [
+                Some(Change::Graphs),
+                Some(Change::Early),
+                None,
+                Some(Change::Added).filter(|_| adapters > 0),
+            ];
             for (side, off) in (0..SERVE_RUNS).flat_map(|_| off.into_iter().enumerate()) {
                 if side == 3 && off.is_none() {
                     continue;
