@@ -427,7 +427,6 @@ fn what_a_step_asks_of_the_device() {
     for (what, found, expected) in found {
         assert_eq!(found, expected, "{what} of a step with a graph");
     }
-    println!("edges {} {}", asked().unwrap().early_edges, asked().unwrap().graphs);
 }
 
 /// A step with products in 8 bits: kernels that make the operands of products write them in 8 bits too,
