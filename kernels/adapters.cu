@@ -76,16 +76,27 @@ struct Activated {
 };
 
 // Eight neighbouring values as they are stored.
-template <typename T>
-struct Stored {
-    uint4 words[sizeof(T) / 2];
-    __device__ __forceinline__ void load(const T* from) {
-#pragma unroll
-        for (int i = 0; i < (int)sizeof(T) / 2; ++i) words[i] = reinterpret_cast<const uint4*>(from)[i];
+template <typename T> struct Stored;
+template <> struct Stored<float> {
+    float4 words[2];
+    __device__ __forceinline__ void load(const float* from) {
+        words[0] = reinterpret_cast<const float4*>(from)[0], words[1] = reinterpret_cast<const float4*>(from)[1];
     }
-    __device__ __forceinline__ Eight<T> wide() const {
-        Eight<T> values;
-        values.load(reinterpret_cast<const T*>(words));
+    __device__ __forceinline__ Eight<float> wide() const {
+        return {{words[0].x, words[0].y, words[0].z, words[0].w, words[1].x, words[1].y, words[1].z, words[1].w}};
+    }
+};
+template <> struct Stored<bf16> {
+    uint4 words;
+    __device__ __forceinline__ void load(const bf16* from) { words = *reinterpret_cast<const uint4*>(from); }
+    __device__ __forceinline__ Eight<bf16> wide() const {
+        const uint32_t all[4] = {words.x, words.y, words.z, words.w};
+        Eight<bf16> values;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            values.v[2 * i] = __uint_as_float(all[i] << 16);
+            values.v[2 * i + 1] = __uint_as_float(all[i] & 0xffff0000u);
+        }
         return values;
     }
 };

@@ -157,7 +157,8 @@ fn captured(
         captured.map(|graph| graph.keeping(kept))
     };
     let first = with(*early);
-    if first.is_ok() || !*early || !Change::Early.is_on() {
+    let may_help = |error: &candle_core::Error| !crate::ops::out_of_memory(error);
+    if !*early || !Change::Early.is_on() || !first.as_ref().is_err_and(may_help) {
         return first;
     }
     let plain = with(false)?;
