@@ -132,6 +132,11 @@ fn compile(source: &Path, out: &Path) {
     if let Some(compiler) = env::var_os("NVCC_CCBIN").filter(|compiler| !compiler.is_empty()) {
         command.arg("-ccbin").arg(compiler);
     }
+    // clippy, a release and a development build each have an output folder of their own, and share what is compiled.
+    let shared = Shared::of(source, &command, out);
+    if shared.bring(source, out) {
+        return;
+    }
     command.arg(source).arg("-o").arg(out.join(format!("{}.fatbin", stem(source))));
     let output = command.output().unwrap_or_else(|error| {
         panic!("cannot run {}: {error}; kernels/toolchain/install fetches nvcc", nvcc.display())
@@ -148,4 +153,56 @@ fn compile(source: &Path, out: &Path) {
     // Registers and spills of every kernel: `tests/kernel_resources` reads them.
     let report = out.join(format!("{}.ptxas", stem(source)));
     std::fs::write(report, &output.stderr).expect("cargo's output folder is writable");
+    shared.keep(source, out);
+}
+
+/// Where the results of one compilation lie for all builds: `kernels` in cargo's target folder. The name has a digest
+/// of everything that decides what they are.
+struct Shared {
+    folder: PathBuf,
+    digest: u64,
+}
+
+impl Shared {
+    const KINDS: [&str; 2] = ["fatbin", "ptxas"];
+
+    fn of(source: &Path, command: &Command, out: &Path) -> Shared {
+        let mut hasher = DefaultHasher::new();
+        let version = Command::new(command.get_program()).arg("--version").output();
+        version.map(|output| output.stdout).unwrap_or_default().hash(&mut hasher);
+        command.get_program().hash(&mut hasher);
+        command.get_args().for_each(|argument| argument.hash(&mut hasher));
+        hash(source, &mut hasher);
+        let folder = std::fs::read_dir("kernels").expect("kernels/ is part of the repository");
+        let mut headers: Vec<PathBuf> = folder.filter_map(|entry| Some(entry.ok()?.path())).collect();
+        headers.retain(|path| path.extension().is_some_and(|extension| extension == "cuh"));
+        headers.sort();
+        headers.iter().for_each(|header| hash(header, &mut hasher));
+        // target/PROFILE/build/hone-HASH/out
+        let target = out.ancestors().nth(4).unwrap_or(out);
+        Shared { folder: target.join("kernels"), digest: hasher.finish() }
+    }
+
+    fn path(&self, source: &Path, kind: &str) -> PathBuf {
+        self.folder.join(format!("{}-{:016x}.{kind}", stem(source), self.digest))
+    }
+
+    /// Copies the results of an earlier compilation. Returns whether all were there.
+    fn bring(&self, source: &Path, out: &Path) -> bool {
+        let copy = |kind: &str| {
+            std::fs::copy(self.path(source, kind), out.join(format!("{}.{kind}", stem(source)))).is_ok()
+        };
+        Shared::KINDS.into_iter().all(copy)
+    }
+
+    /// Keeps the results for other builds, which find whole files only. If that fails, they compile for themselves.
+    fn keep(&self, source: &Path, out: &Path) {
+        let keep = |kind: &str| {
+            let unfinished = self.path(source, &format!("{kind}.{}", std::process::id()));
+            std::fs::copy(out.join(format!("{}.{kind}", stem(source))), &unfinished)?;
+            std::fs::rename(unfinished, self.path(source, kind))
+        };
+        let _ =
+            std::fs::create_dir_all(&self.folder).and_then(|()| Shared::KINDS.into_iter().try_for_each(keep));
+    }
 }

@@ -102,8 +102,8 @@ template <> struct Stored<bf16> {
 };
 
 // A block makes RANKS values of each of `members` items, at most GROUP, that lie together in the list and have one
-// table: low [part, item, rank_max]. What a thread reads of A for STEPS of its sums is asked for at once, since nothing else
-// hides how long memory takes. The order of a sum depends on k alone.
+// table: low [part, item, rank_max]. What a thread reads of A for STEPS of its sums is asked for at once, since nothing
+// else hides how long memory takes. The order of a sum depends on k alone.
 template <typename T, int RANKS, int STEPS, int GROUP, typename Source>
 __device__ __forceinline__ void shrink(const Source& input, const uint32_t* items, int item, int members, const Pair& pair,
                                        float* low, int k, int rank_max) {

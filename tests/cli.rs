@@ -135,7 +135,8 @@ fn help_tells_what_there_is() {
 
               --data <URL_OR_PATH>
                   Data to train on (parquet, JSON lines, JSON, CSV, Arrow): a URL, file, folder, glob or
-                  oci://IMAGE; may be repeated; #sha256=... pins the bytes
+                  oci://IMAGE; may be repeated, and the variable separates several by blanks; #sha256=...
+                  pins the bytes
 
                   [env: HONE_DATA]
 

@@ -521,9 +521,9 @@ fn what_a_decoded_token_asks_of_the_device() {
     // (model, sequences, adapters): launches, products, waits, copies and bytes to the host, copies to the device,
     // launches of a graph.
     // A layer of nine launches: norm, q k v, rope with keeping, attention, output, norm, gate and up, activation, down;
-    // one more for adapters, of attention's output: other inputs come from the launches that make them, if few rows have
-    // adapters. Around the layers: embedding, angles, norm,
-    // head, the largest logit. Four bytes a token go to the host.
+    // one more for adapters, of attention's output: other inputs come from the launches that make them, if few rows
+    // have adapters. Around the layers: embedding, angles, norm, head, the largest logit. Four bytes a token go to the
+    // host.
     let expected = [
         (("llama3", 1, false), [23, 0, 0, 1, 4, 7, 0]),
         (("llama3", 3, true), [25, 0, 0, 1, 12, 9, 0]),

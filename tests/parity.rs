@@ -3,8 +3,6 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-#[cfg(feature = "cuda")]
-use std::sync::Mutex;
 
 use candle_core::{DType, Device, Tensor};
 use hone::dataset::Example;
@@ -484,6 +482,7 @@ fn every_recorded_run_is_reproduced_on_a_gpu() {
     if std::env::var("HONE_TEST_GPU").is_err() {
         return;
     }
+    let device = hone::device::open(hone::device::Choice::Cuda(0), &Report::silent()).unwrap();
     // Every family once, and a base that was stored in 4 bits, because an emulated GPU takes half a minute per run.
     // Other ropes, heads and wrappers of a family differ in what the host reads, which the CPU's runs cover.
     // Training options that have kernels of their own have short runs. HONE_CASES selects cases here too.
@@ -506,20 +505,9 @@ fn every_recorded_run_is_reproduced_on_a_gpu() {
             false => more || !name.contains('_') || name == "llama_stored_nf4",
         }
     };
-    // An emulated GPU is one thread, so cases run side by side, each on a device of its own.
-    let (queue, open) = (Mutex::new(cases().into_iter().filter(wanted)), || {
-        hone::device::open(hone::device::Choice::Cuda(0), &Report::silent()).unwrap()
-    });
-    let next = || queue.lock().unwrap().next();
-    std::thread::scope(|scope| {
-        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
-            scope.spawn(|| {
-                while let Some(case) = next() {
-                    Case { device: open(), ..case }.check(Keep::LayerInputs, Some(300));
-                }
-            });
-        }
-    });
+    for case in cases().into_iter().filter(wanted) {
+        Case { device: device.clone(), ..case }.check(Keep::LayerInputs, Some(300));
+    }
 }
 
 /// Ranks of one process share the GPU of `tests/gpu`, which is none; NCCL refuses to share a real one.

@@ -386,8 +386,8 @@ fn serve(
                     Request { adapters: adapter.iter().copied().map(strength).collect(), ..request }
                 })
                 .collect();
-            // In turn: launch by launch; as graphs without kernels that begin early; as graphs; as graphs with launches of
-            // their own for what adapters add.
+            // In turn: launch by launch; as graphs without kernels that begin early; as graphs; as graphs with launches
+            // of their own for what adapters add.
             let mut sides = [Vec::new(), Vec::new(), Vec::new(), Vec::new()];
             let off = [
                 Some(Change::Graphs),

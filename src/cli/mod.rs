@@ -40,8 +40,8 @@ pub fn parse(
     Ok(Invocation { log: cli.log, quiet: cli.quiet, command, metrics })
 }
 
-/// Warnings about variables that look like a flag's and are none: hone does not read them. Kubernetes makes variables of
-/// a Service called hone (`HONE_SERVICE_HOST`), which are no mistake.
+/// Warnings about variables that look like a flag's and are none: hone does not read them. Kubernetes makes variables
+/// of a Service called hone (`HONE_SERVICE_HOST`), which are no mistake.
 pub fn misspelt_variables(names: impl IntoIterator<Item = String>) -> Vec<String> {
     let mut known = variables(&Cli::command());
     known.extend(PLACES.map(str::to_owned));

@@ -472,7 +472,9 @@ mod tests {
                 .flat_map(|row| of_row(row).iter().map(|own| item(row - of.start, own)).collect::<Vec<_>>())
                 .collect();
             let rank = ranks.into_iter().max().expect("three");
-            Items::new(&list, Extent { rows: of.len(), rank, sites: vec![true; 3] }, true, &gpu.device)
+            let extent = Extent { rows: of.len(), rank, sites: vec![true; 3] };
+            // A row without adapters has a list that is only filled up.
+            Items::of(&list, extent, true, list.len().max(1), &gpu.device)
         };
         let width = columns.iter().sum::<usize>() + 3;
         let (x, y) = (drawn(gpu, (rows, k), 1)?, drawn(gpu, (rows, width), 2)?);
