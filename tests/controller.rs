@@ -1667,7 +1667,9 @@ fn a_server_needs_a_name_that_all_its_objects_can_have() {
         );
     }
     server.put("workspaces", serving(&long[1..], json!([])));
+    // Its objects are written one after the other.
     server.wait("a Service", |server| server.get("services", NAMESPACE, &long[1..]));
+    server.wait("a StatefulSet", |server| server.get("statefulsets", NAMESPACE, &long[1..]));
     assert_eq!(server.list("statefulsets").len(), 1);
     // One that tunes may have more, as its Job may.
     server.put("workspaces", workspace(&"b".repeat(63)));
