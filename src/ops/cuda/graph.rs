@@ -149,7 +149,7 @@ fn captured(
     let with = |early: bool| {
         let before = EARLY.replace(early);
         if !kept.is_empty() {
-            MEMORY.set(Memory::Stayed(kept.to_vec().into_iter()));
+            MEMORY.set(Memory::Stayed(Vec::from(kept).into_iter()));
         }
         let captured = capture(device, &work);
         MEMORY.set(Memory::Own);
