@@ -156,8 +156,8 @@ fn compile(source: &Path, out: &Path) {
     shared.keep(source, out);
 }
 
-/// Where the results of one compilation lie for all builds: `kernels` in cargo's target folder. The name has a digest
-/// of everything that decides what they are.
+/// The results of one compilation, kept for all builds in `kernels` of cargo's target folder. Their names have a digest
+/// of everything that they depend on.
 struct Shared {
     folder: PathBuf,
     digest: u64,

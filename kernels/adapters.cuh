@@ -59,7 +59,7 @@ __device__ __forceinline__ void read_ahead(const void* address) {
 #endif
 }
 
-// What a product of few rows adds to its output: nothing.
+// For a product of few rows without adapters: it adds nothing to its output.
 struct Nothing {
     __device__ __forceinline__ void find(int, int, int) const {}
     __device__ __forceinline__ float onto(float value, int, int) const { return value; }
@@ -73,7 +73,7 @@ struct First {
     float factor;
 };
 
-// What the adapters on the rows of one layer's product add. `rows` has an entry for each row, in order.
+// The sum that the adapters on the rows of one layer's product add. `rows` has an entry for each row, in order.
 template <typename T>
 struct Added {
     const float* low;

@@ -63,8 +63,11 @@ fn refuse(fault: &Fault, report: &Report) -> ExitCode {
 
 /// Runs a command line of hone with warnings to report. `pod` is set for a job in a pod of KAITO's.
 fn start(arguments: Vec<OsString>, mut warnings: Vec<String>, pod: bool) -> ExitCode {
-    let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
-    warnings.extend(cli::misspelt_variables(names));
+    // The process that launches ranks has the same variables and reports them for all.
+    if !launch::is_launched(&environment) {
+        let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+        warnings.extend(cli::misspelt_variables(names));
+    }
     let invocation = cli::parse(&arguments).unwrap_or_else(|error| leave_usage(&error, pod));
     let place = seat(&invocation.command);
     if !place.leads() {

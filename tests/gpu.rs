@@ -334,20 +334,29 @@ fn asked() -> Option<Asked> {
     Some(asked)
 }
 
+/// Runs a test of this program in a process of its own, since the counts are those of the whole process and other tests
+/// run in this one. Returns false in that process, which does the test's work.
+fn ran_alone(test: &str) -> bool {
+    const VARIABLE: &str = "HONE_COUNT_ALONE";
+    if std::env::var_os(VARIABLE).is_some() {
+        return false;
+    }
+    let itself = std::env::current_exe().unwrap();
+    let counted = std::process::Command::new(itself)
+        .args(["--exact", test, "--nocapture"])
+        .env(VARIABLE, "1")
+        .output()
+        .unwrap();
+    print!("{}", String::from_utf8_lossy(&counted.stdout));
+    assert!(counted.status.success(), "{}", String::from_utf8_lossy(&counted.stderr));
+    true
+}
+
 /// Steps of one shape. Every launch, copy and wait of a step has a known reason. The program of this test must do
 /// nothing else at that time, so it is a process of its own.
 #[test]
 fn what_a_step_asks_of_the_device() {
-    if std::env::var_os("HONE_COUNT_A_STEP").is_none() {
-        // The counts are those of the whole process, and other tests run in this one.
-        let itself = std::env::current_exe().unwrap();
-        let counted = std::process::Command::new(itself)
-            .args(["--exact", "what_a_step_asks_of_the_device", "--nocapture"])
-            .env("HONE_COUNT_A_STEP", "1")
-            .output()
-            .unwrap();
-        print!("{}", String::from_utf8_lossy(&counted.stdout));
-        assert!(counted.status.success(), "{}", String::from_utf8_lossy(&counted.stderr));
+    if ran_alone("what_a_step_asks_of_the_device") {
         return;
     }
     let Some(gpu) = gpu() else { return };
@@ -436,15 +445,7 @@ fn what_a_step_asks_of_the_device() {
 /// output, which comes from the rows with targets.
 #[test]
 fn what_rounding_asks_of_the_device() {
-    if std::env::var_os("HONE_COUNT_ROUNDING").is_none() {
-        let itself = std::env::current_exe().unwrap();
-        let counted = std::process::Command::new(itself)
-            .args(["--exact", "what_rounding_asks_of_the_device", "--nocapture"])
-            .env("HONE_COUNT_ROUNDING", "1")
-            .output()
-            .unwrap();
-        print!("{}", String::from_utf8_lossy(&counted.stdout));
-        assert!(counted.status.success(), "{}", String::from_utf8_lossy(&counted.stderr));
+    if ran_alone("what_rounding_asks_of_the_device") {
         return;
     }
     let Some(gpu) = gpu() else { return };
@@ -503,15 +504,7 @@ fn two_steps(decoder: &Decoder, adapter: &Trainable, keep: Keep) -> (Asked, Aske
 /// tell. It is a process of its own, as above.
 #[test]
 fn what_a_decoded_token_asks_of_the_device() {
-    if std::env::var_os("HONE_COUNT_A_TOKEN").is_none() {
-        let itself = std::env::current_exe().unwrap();
-        let counted = std::process::Command::new(itself)
-            .args(["--exact", "what_a_decoded_token_asks_of_the_device", "--nocapture"])
-            .env("HONE_COUNT_A_TOKEN", "1")
-            .output()
-            .unwrap();
-        print!("{}", String::from_utf8_lossy(&counted.stdout));
-        assert!(counted.status.success(), "{}", String::from_utf8_lossy(&counted.stderr));
+    if ran_alone("what_a_decoded_token_asks_of_the_device") {
         return;
     }
     let Some(gpu) = gpu() else { return };

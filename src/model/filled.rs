@@ -7,7 +7,8 @@ use crate::ops::matmul::FEW_ROWS;
 
 /// Device memory that a server's graphs take at most, but for the newest one.
 pub const GRAPHS_BYTES: u64 = 256 << 20;
-/// Of these, bytes of tensors that a step may have to leave them to its graph, each in its own place.
+/// The largest size of the tensors of a step that are left to its graph, each in its own place. They count to
+/// `GRAPHS_BYTES`.
 pub const KEPT_BYTES: u64 = 32 << 20;
 /// Bytes of a step's lists of numbers.
 const LISTS_BYTES: usize = 4 << 20;

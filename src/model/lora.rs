@@ -321,7 +321,7 @@ impl<'a> Mixture<'a> {
         let layers = self.short_layers(linears, pass)?;
         let is_added = layers.map_or(Ok(false), |layers| row_pairs::add(x, y, &layers, pass.precision))?;
         let short = if is_added { pass.short } else { 0 };
-        // What a row gets of an adapter does not depend on the adapters of other rows.
+        // The part that a row gets from an adapter does not depend on other rows' adapters.
         let behind = |part: &Part<'a>| {
             let from = if part.adapter.has_magnitudes() { 0 } else { short };
             Part { rows: part.rows.start.max(from)..part.rows.end.max(from), ..part.clone() }

@@ -221,6 +221,11 @@ fn command(
     command
 }
 
+/// Returns whether another hone launched this process as a rank.
+pub fn is_launched(environment: Environment) -> bool {
+    environment(meet::PARENT).is_some()
+}
+
 /// Makes the kernel end this process with the one that started it as a rank.
 ///
 /// # Errors

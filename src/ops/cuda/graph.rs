@@ -44,7 +44,7 @@ thread_local! {
     static EARLY: Cell<bool> = const { Cell::new(true) };
 }
 
-/// Where tensors come from that this thread makes and writes.
+/// The source of the tensors that this thread makes and writes.
 enum Memory {
     /// Each is made anew.
     Own,
