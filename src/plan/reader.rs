@@ -119,7 +119,7 @@ impl<'a> Reader<'a> {
     pub fn show_null(&mut self, section: Section, name: &str) {
         let key = keys::find(section, name).expect("only keys of the table are read");
         let origin = self.origin(section, name);
-        for (_, value) in self.read.iter_mut().filter(|(read, _)| std::ptr::eq(*read, key)) {
+        for (_, value) in self.read.iter_mut().filter(|(read, _)| *read == key) {
             (value.value, value.origin) = (serde_json::Value::Null, origin.clone());
         }
     }
@@ -143,7 +143,7 @@ impl<'a> Reader<'a> {
     pub fn finish(self, mut plan: Plan) -> Result<Plan> {
         self.mistakes.into_result()?;
         let mut read = self.read;
-        read.sort_by_key(|(key, _)| keys::all().iter().position(|other| std::ptr::eq(*key, other)));
+        read.sort_by_key(|(key, _)| keys::all().iter().position(|other| other == *key));
         plan.values = self.derived.into_iter().chain(read.into_iter().map(|(_, value)| value)).collect();
         plan.warnings = self.warnings;
         Ok(plan)
@@ -179,7 +179,7 @@ impl<'a> Reader<'a> {
         };
         let shown = value.as_ref().or(given.map(|given| &given.value)).map(Written::to_json);
         if let Some(shown) = shown
-            && !self.read.iter().any(|(other, _)| std::ptr::eq(*other, key))
+            && !self.read.iter().any(|(other, _)| *other == key)
         {
             self.read.push((key, Value { name: key.to_string(), value: shown, origin }));
         }

@@ -127,7 +127,7 @@ fn choose(name: &str, head: &[u8], asked: Option<&str>, packing: Packing) -> Res
             Ok(&jsonl::CONTAINER)
         }
         (Some(wanted), found, _) => match found {
-            Some(found) if std::ptr::eq(found, wanted) => Ok(wanted),
+            Some(found) if found.name == wanted.name => Ok(wanted),
             None if (wanted.may_begin)(&text) => Ok(wanted),
             _ => Err(other(wanted)),
         },
