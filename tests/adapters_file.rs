@@ -102,7 +102,7 @@ fn scores(answer: &Value) -> Vec<f64> {
 /// is refused.
 fn looked_at(running: &Running, text: &str) -> (Vec<String>, String, Option<String>) {
     let digest = hone::serving::live::file_digest(text);
-    let end = Instant::now() + Duration::from_secs(30);
+    let end = Instant::now() + Duration::from_secs(90);
     loop {
         let (status, models) = ask(running, "/v1/models", &Value::Null);
         assert_eq!(status, 200, "{models}");
@@ -241,7 +241,7 @@ fn a_file_of_adapters_is_followed() {
     for file in ["adapter_config.json", "adapter_model.safetensors"] {
         std::fs::copy(golden("final_adapter").join(file), later.join(file)).unwrap();
     }
-    let end = Instant::now() + Duration::from_secs(30);
+    let end = Instant::now() + Duration::from_secs(90);
     while looked_at(&running, &text).2.is_some() {
         assert!(Instant::now() < end, "it is not tried again");
         std::thread::sleep(Duration::from_millis(200));

@@ -587,7 +587,7 @@ fn seconds_after_the_server_is_back_new_workspaces_are_seen() {
     server.put("workspaces", workspace("after"));
     let begun = Instant::now();
     job(&server, "after");
-    assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
     server.hang(true);
     std::thread::sleep(Duration::from_secs(1));
     server.hang(false);

@@ -225,7 +225,7 @@ impl Reply {
 
 fn send(address: SocketAddr, bytes: &[u8]) -> Reply {
     let mut stream = TcpStream::connect(address).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     // A server that refuses early may close before everything is sent.
     let _ = stream.write_all(bytes);
     let mut all = Vec::new();
@@ -282,7 +282,7 @@ fn with(mut body: Value, more: Value) -> Value {
 }
 
 fn wait_for(what: &str, holds: impl Fn() -> bool) {
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + Duration::from_secs(60);
     while !holds() {
         assert!(Instant::now() < end, "{what}");
         std::thread::sleep(Duration::from_millis(10));

@@ -409,7 +409,7 @@ fn a_signal_is_heard_while_tokens_are_made_and_nothing_half_is_left() {
     running.signal(SIGTERM);
     let (code, log) = running.end();
     assert_eq!(code, Some(31), "{log}");
-    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
 
     let mut running = work.start(&RUN);
     running.until("tokens", || !parts(&work).is_empty());

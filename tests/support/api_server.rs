@@ -298,7 +298,7 @@ impl ApiServer {
     /// Waits until `holds`; tells the last state of affairs when it does not.
     pub fn wait<T>(&self, what: &str, holds: impl Fn(&ApiServer) -> Option<T>) -> T {
         /// LIMIT: everything here takes milliseconds, but a retry seconds.
-        const PATIENCE: Duration = Duration::from_secs(40);
+        const PATIENCE: Duration = Duration::from_secs(90);
         self.wait_for(PATIENCE, what, holds)
     }
 

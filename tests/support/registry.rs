@@ -17,7 +17,7 @@ pub const USER: &str = "tester";
 pub const PASSWORD: &str = "canary-s3cret";
 
 /// LIMIT: a registry starts in 0.2 to 0.7 s.
-const START_MAX: Duration = Duration::from_secs(20);
+const START_MAX: Duration = Duration::from_secs(60);
 
 pub struct Registry {
     process: Child,
