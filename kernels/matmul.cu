@@ -191,38 +191,50 @@ __device__ __forceinline__ void few_four_bit(const uint8_t* packed, const uint8_
     const Added<bf16> added = {low + (uint64_t)blockIdx.z * count * rank_max, items, rows, rank_max, PICK(site), \
                                factor, firsts}
 
+// The bytes that a block of `rows_of_block` rows asks for ahead: those of its rows, `row` each, but at most `ahead`. They lie
+// together. A block behind the last of n rows has none.
+__device__ __forceinline__ int64_t ahead_of_block(int rows_of_block, int n, int64_t row, int ahead) {
+    return min((int64_t)ahead, min(rows_of_block, n - (int)blockIdx.x * rows_of_block) * row);
+}
+
 // Rows of x up to 8 * TILES. More bands read x less often, fewer make more blocks; no kernel takes more registers
 // than there are.
 #define FOUR_BIT_OF_ALL                                                                                                     \
     FOUR_BIT_PARAMETERS(0), FOUR_BIT_PARAMETERS(1), FOUR_BIT_PARAMETERS(2), const bf16 *x, bf16 *y, const bf16 *base, int m, \
-        int k, int stride, int at, int width_log2, int code, float alpha
+        int k, int stride, int at, int width_log2, int code, float alpha, int ahead
+#define FOUR_BIT_AHEAD(BANDS)                                                \
+    PICK(packed) + (int64_t)blockIdx.x * (16 * BANDS) * (k / 2),             \
+        ahead_of_block(16 * BANDS, PICK(n), k / 2, ahead)
 #define FOUR_BIT_OF_BLOCK                                                                                                \
     PICK(packed), PICK(codes), PICK(absmax), PICK(offset), PICK(n), x, y, base, m, k, stride, AT, width_log2, code, alpha
 #define FEW_FOUR_BIT(TILES, BANDS, BLOCKS, ADAPTED_BLOCKS)                                                                              \
     extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                    \
         matmul_few_four_bit_##TILES##_bf16(FOUR_BIT_OF_ALL) {                                                           \
-        wait_for_earlier_kernels();                                                                                     \
+        read_ahead_and_wait(FOUR_BIT_AHEAD(BANDS));                                                                     \
         few_four_bit<bf16, TILES, BANDS>(FOUR_BIT_OF_BLOCK, Nothing());                                                 \
     }                                                                                                                   \
     extern "C" __global__ void __launch_bounds__(32 * WARPS, ADAPTED_BLOCKS)                                                    \
         matmul_few_four_bit_##TILES##_adapted_bf16(FOUR_BIT_OF_ALL, ADAPTERS_PARAMETERS) {                              \
-        wait_for_earlier_kernels();                                                                                     \
+        read_ahead_and_wait(FOUR_BIT_AHEAD(BANDS));                                                                     \
         ADDED(TILES);                                                                                                   \
         few_four_bit<bf16, TILES, BANDS>(FOUR_BIT_OF_BLOCK, added);                                                     \
     }
 #define DENSE_OF_ALL(Y)                                                                                              \
     DENSE_PARAMETERS(0), DENSE_PARAMETERS(1), DENSE_PARAMETERS(2), const bf16 *x, Y *y, const Y *base, int m, int k, \
-        int stride, int at, float alpha
+        int stride, int at, float alpha, int ahead
+#define DENSE_AHEAD(BANDS)                                       \
+    PICK(weight) + (int64_t)blockIdx.x * (16 * BANDS) * k,       \
+        ahead_of_block(16 * BANDS, PICK(n), 2 * (int64_t)k, ahead)
 #define DENSE_OF_BLOCK Dense{PICK(weight), PICK(n), k}, x, y, base, m, stride, AT, alpha
 #define FEW_DENSE(Y, type, TILES, BANDS, BLOCKS)                                                                       \
     extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) matmul_few_dense_##TILES##_##type(DENSE_OF_ALL(Y)) { \
-        wait_for_earlier_kernels();                                                                                     \
+        read_ahead_and_wait(DENSE_AHEAD(BANDS));                                                                        \
         few<Y, Dense, TILES, BANDS>(DENSE_OF_BLOCK, Nothing());                                                        \
     }
 #define FEW_DENSE_ADAPTED(TILES, BANDS, BLOCKS)                                          \
     extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                     \
         matmul_few_dense_##TILES##_adapted_bf16(DENSE_OF_ALL(bf16), ADAPTERS_PARAMETERS) { \
-        wait_for_earlier_kernels();                                                      \
+        read_ahead_and_wait(DENSE_AHEAD(BANDS));                                         \
         ADDED(TILES);                                                                    \
         few<bf16, Dense, TILES, BANDS>(DENSE_OF_BLOCK, added);                           \
     }

@@ -602,7 +602,9 @@ fn every_kernel_waits_first_for_the_kernels_before_it() {
         }
         for found in kernel.find_iter(&text) {
             let line = text[..found.start()].lines().count();
-            let is_first = text[found.end()..].starts_with("wait_for_earlier_kernels();");
+            let body = &text[found.end()..];
+            let is_first =
+                ["wait_for_earlier_kernels();", "read_ahead_and_wait("].iter().any(|wait| body.starts_with(wait));
             assert!(
                 is_first,
                 "{}:{line}: expected wait_for_earlier_kernels() as the first statement",

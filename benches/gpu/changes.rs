@@ -29,7 +29,7 @@ fn chosen(names: &str, precision: Precision) -> Vec<Change> {
     let wanted: Vec<&str> = names.split(',').filter(|name| !name.is_empty()).collect();
     let is_wanted = |change: &Change| match change {
         // These are of serving: `ours serve` measures both sides.
-        Change::Graphs | Change::Added => false,
+        Change::Graphs | Change::Ahead | Change::Added => false,
         Change::Rounded if precision != Precision::Fp8 => false,
         _ => wanted.is_empty() || wanted.contains(&change.name()),
     };

@@ -387,13 +387,14 @@ fn serve(
                 })
                 .collect();
             // In turn: launch by launch; as graphs without kernels that begin early; as graphs; as graphs with launches
-            // of their own for what adapters add.
-            let mut sides = [Vec::new(), Vec::new(), Vec::new(), Vec::new()];
+            // of their own for what adapters add; as graphs whose kernels begin early but ask for nothing ahead.
+            let mut sides: [Vec<_>; 5] = Default::default();
             let off = [
                 Some(Change::Graphs),
                 Some(Change::Early),
                 None,
                 Some(Change::Added).filter(|_| adapters > 0),
+                Some(Change::Ahead),
             ];
             for (side, off) in (0..SERVE_RUNS).flat_map(|_| off.into_iter().enumerate()) {
                 if side == 3 && off.is_none() {
@@ -404,13 +405,14 @@ fn serve(
                 off.iter().for_each(|change| change.set(true));
                 sides[side].push(ran?);
             }
-            let [without, late, with, apart] = sides.each_ref().map(|runs| rates(runs));
-            let [plain, _, runs, _] = &sides;
+            let [without, late, with, apart, behind] = sides.each_ref().map(|runs| rates(runs));
+            let [plain, _, runs, _, _] = &sides;
             found.push(json!({
                 "batch": batch, "adapters": name, "tokens_per_second": with[SERVE_RUNS / 2], "rates": with,
                 "seconds_to_first": runs[SERVE_RUNS / 2].first_seconds,
                 "launches_a_step": runs[SERVE_RUNS - 1].launches_a_step,
-                "rates_without_early": late, "rates_without_graphs": without, "rates_without_added": apart,
+                "rates_without_early": late, "rates_without_ahead": behind,
+                "rates_without_graphs": without, "rates_without_added": apart,
                 "launches_a_step_without_graphs": plain[0].launches_a_step,
             }));
             write(&json!({ "contender": "hone", "load_seconds": load_seconds, "serving": &found }))?;

@@ -97,9 +97,9 @@ def serving(found):
             base.setdefault(of["batch"], rate)
             beside = reference.get(of["batch"])
             rows.append([result.get("contender"), of["batch"], of["adapters"], rate, rate / beside if beside else None,
-                         1 - rate / base[of["batch"]], without(of, "early"), without(of, "graphs"), without(of, "added"), of.get("launches_a_step"),
+                         1 - rate / base[of["batch"]], without(of, "early"), without(of, "ahead"), without(of, "graphs"), without(of, "added"), of.get("launches_a_step"),
                          of.get("seconds_to_first"), result.get("first_token_after_start_seconds")])
-    return rows and table(["serving", "batch", "adapters", "tokens/s", "times reference", "cost of adapters", "without early", "without graphs",
+    return rows and table(["serving", "batch", "adapters", "tokens/s", "times reference", "cost of adapters", "without early", "without ahead", "without graphs",
                            "adapters apart", "launches a step",
                            "s to first", "s from start to first"], rows)
 

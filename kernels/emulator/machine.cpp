@@ -278,6 +278,15 @@ void check_waited(const char* what) {
     if (block->begins_early && !thread->waited) die("the thread %s before wait_for_earlier_kernels", what);
 }
 
+void check_ahead(const void* from, int64_t bytes) {
+    // One thread answers for its block.
+    if (bytes <= 0 || thread->linear > 0 || is_global == nullptr) return;
+    const uint64_t first = reinterpret_cast<uint64_t>(from);
+    if (!is_global(first) || !is_global(first + bytes - 1)) {
+        die("%lld bytes from %p on are asked for ahead and are not global memory", (long long)bytes, from);
+    }
+}
+
 void* shared_array(const void* key, size_t bytes) {
     for (const SharedArray& array : block->shared) {
         if (array.key == key) return array.bytes;

@@ -176,6 +176,8 @@ void collective(uint32_t mask, Operation operation, void* operand, const Site* s
 inline void wait_for_earlier_kernels() { thread->waited = true; }
 // Ends the process if the running thread uses global memory, or returns, before it has waited.
 void check_waited(const char* what);
+// Ends the process if memory that a kernel asks for ahead is not the device's. A count of 0 or less asks for nothing.
+void check_ahead(const void* from, int64_t bytes);
 
 // The block's array for this declaration: the same bytes for all its threads, all of them 0xff (NaN) when the block
 // starts.

@@ -47,13 +47,15 @@ pub enum Change {
     Steps,
     /// Kernels begin while the one before them ends, on cards of capability 9.0 and later.
     Early,
+    /// A product of few rows asks for its weight before the kernel before it has ended.
+    Ahead,
     /// A product of few rows adds what adapters make of its rows, which need no launch of their own.
     Added,
 }
 
 impl Change {
     /// All changes.
-    pub const ALL: [Change; 18] = [
+    pub const ALL: [Change; 19] = [
         Change::Onto,
         Change::Algorithms,
         Change::Functions,
@@ -71,6 +73,7 @@ impl Change {
         Change::Graphs,
         Change::Steps,
         Change::Early,
+        Change::Ahead,
         Change::Added,
     ];
 
@@ -94,6 +97,7 @@ impl Change {
             Change::Graphs => "graphs",
             Change::Steps => "steps",
             Change::Early => "early",
+            Change::Ahead => "ahead",
             Change::Added => "added",
         }
     }

@@ -111,6 +111,12 @@ extern "C" __global__ void early(float* x, int fault) {
     if (threadIdx.x < 8) x[threadIdx.x] = 2.f + 0.f * before;
 }
 
+// A kernel that asks for memory ahead: the device's, or more than that.
+extern "C" __global__ void ahead(float* x, int bytes) {
+    read_ahead_and_wait(x, bytes);
+    if (threadIdx.x < 8) x[threadIdx.x] = 2.f;
+}
+
 extern "C" __global__ void unaligned(const unsigned char* x, uint4* y, int offset) {
     y[threadIdx.x] = *reinterpret_cast<const uint4*>(x + 16 * threadIdx.x + offset);
 }

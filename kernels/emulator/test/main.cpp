@@ -26,6 +26,7 @@ EMULATED_KERNEL(transpose);
 EMULATED_KERNEL(blocks);
 EMULATED_KERNEL(dynamic);
 EMULATED_KERNEL(early);
+EMULATED_KERNEL(ahead);
 EMULATED_KERNEL(unaligned);
 EMULATED_KERNEL(boxes_64);
 EMULATED_KERNEL(boxes_32);
@@ -192,6 +193,12 @@ bool early(int order, int fault) {
     return global[0] == 2.f && global[7] == 2.f;
 }
 
+bool ahead(int order, int bytes) {
+    begins_early = true;
+    launch("ahead", 1, 64, 0, order, global, bytes);
+    return global[0] == 2.f && global[7] == 2.f;
+}
+
 bool aligned(int order, int offset) {
     alignas(16) static unsigned char x[600];
     std::vector<uint4> y(32);
@@ -262,6 +269,10 @@ int main() {
     faulty("a write before the wait", races, "writes to global memory before wait", [](int order) { return early(order, 3); });
     faulty("a copy before the wait", any, "copies global memory before wait", [](int order) { return early(order, 4); });
     faulty("an atomic before the wait", any, "changes global memory before wait", [](int order) { return early(order, 5); });
+    right("memory that is asked for ahead", [](int order) { return ahead(order, sizeof global); });
+    right("no memory ahead", [](int order) { return ahead(order, -4); });
+    faulty("memory ahead that is not the device's", any, "are not global memory",
+           [](int order) { return ahead(order, sizeof global + 4); });
     faulty("a box before the wait", any, "copies a box of global memory before wait", [](int order) {
         begins_early = true;
         return boxes(order, 64, 0, 0);

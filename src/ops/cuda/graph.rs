@@ -26,8 +26,8 @@ pub struct Graph {
     bytes: u64,
     /// The workspace of the graph's products by cublasLt.
     workspace: u64,
-    /// Its kernels may begin while the one before them ends.
-    early: bool,
+    /// The switches of its time that decide how kernels begin.
+    beginnings: [bool; 2],
     /// The tensors that it uses beside its own.
     #[cfg_attr(not(test), expect(dead_code, reason = "held, so that their memory stays"))]
     kept: Vec<Tensor>,
@@ -113,6 +113,11 @@ pub(super) fn may_begin_early() -> bool {
     Change::Early.is_on() && (EARLY.get() || !is_capturing())
 }
 
+/// The switches that decide how kernels begin: early or not, and whether they ask for memory ahead.
+fn beginnings() -> [bool; 2] {
+    [Change::Early, Change::Ahead].map(Change::is_on)
+}
+
 /// Records what `work` asks of the device. Every tensor that it makes is dropped when it returns.
 ///
 /// # Errors
@@ -134,8 +139,8 @@ pub fn capture(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result
     // The graph takes its memory now, where a lack of it is no failure of a step.
     graph.upload().w()?;
     let bytes = free.saturating_sub(super::device::memory(device)?.0) as u64;
-    let (workspace, early) = (super::lt::workspace(), Change::Early.is_on());
-    Ok(Graph { graph, bytes, workspace, early, kept: Vec::new() })
+    let (workspace, beginnings) = (super::lt::workspace(), beginnings());
+    Ok(Graph { graph, bytes, workspace, beginnings, kept: Vec::new() })
 }
 
 /// `capture` with the tensors that the step before it made, if it left them. A driver that refuses kernels that begin
@@ -180,7 +185,7 @@ impl Graph {
 
     /// Returns whether the memory that its products work in is still there, and its kernels begin as they would now.
     fn is_whole(&self) -> bool {
-        self.workspace == super::lt::workspace() && self.early == Change::Early.is_on()
+        self.workspace == super::lt::workspace() && self.beginnings == beginnings()
     }
 }
 

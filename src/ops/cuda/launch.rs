@@ -30,6 +30,10 @@
 //! The wait orders what the memory model of PTX orders. Loads by the read-only cache (`__ldg`, `__restrict__`) are not
 //! among that, so kernels have none; tests/structure.rs reads them for that, and for the call at their beginning.
 //!
+//! A kernel may ask the L2 cache for memory before it waits, if no kernel writes that memory (`Launch::ahead`). That is
+//! no read of the program's: all accesses of the device go through this cache, so a load behind the wait finds what was
+//! written before, by copies too.
+//!
 //! The attribute must never meet code without the wait. So the driver is asked for each function: code is compiled
 //! with the wait if its virtual architecture is 9.0 or later, also if the driver has compiled it from PTX for a
 //! card that came later.
@@ -192,6 +196,13 @@ impl<'a> Launch<'a> {
             self.fault.get_or_insert(fault);
         }
         self.push(value as u64, 4)
+    }
+
+    /// Adds the bytes of memory that no kernel writes for which each block asks before it waits for the kernels before
+    /// (`read_ahead_and_wait`): an `int`, which is 0 if the kernel does not begin early.
+    pub fn ahead(self, bytes: usize) -> Launch<'a> {
+        let is_early = self.function.is_some_and(|function| function.waits) && super::graph::may_begin_early();
+        self.int(if is_early && Change::Ahead.is_on() { bytes } else { 0 })
     }
 
     /// Adds an `unsigned long long`.
