@@ -19,7 +19,7 @@ constexpr int THREADS = 256;
 template <typename T>
 struct AsItIs {
     const T* x;
-    static constexpr bool ANY_WIDTH = true;
+    static constexpr bool ANY_WIDTH = true, TAKES_TIME = false;
     __device__ __forceinline__ void begin(int row, int k) { x += (uint64_t)row * k; }
     __device__ __forceinline__ Eight<T> eight(int i) const {
         Eight<T> values;
@@ -34,7 +34,7 @@ struct Normed {
     const bf16* x;
     const float* w;
     float eps, scale;
-    static constexpr bool ANY_WIDTH = false;
+    static constexpr bool ANY_WIDTH = false, TAKES_TIME = true;  // it reads its row twice
     __device__ __forceinline__ void begin(int row, int k) {
         x += (uint64_t)row * k;
         float sum = 0.f;
@@ -62,7 +62,7 @@ template <typename Curve>
 struct Activated {
     const bf16* x;
     int k, gated;
-    static constexpr bool ANY_WIDTH = false;
+    static constexpr bool ANY_WIDTH = false, TAKES_TIME = false;
     __device__ __forceinline__ void begin(int row, int) { x += (uint64_t)row * k * (gated ? 2 : 1); }
     __device__ __forceinline__ Eight<bf16> eight(int i) const {
         Eight<bf16> a, up = {};
@@ -109,15 +109,22 @@ __device__ __forceinline__ void shrink(const Source& input, const uint32_t* item
                                        float* low, int k, int rank_max) {
     SHARED_ARRAY(float, parts, THREADS / 32 * RANKS * GROUP);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, first = blockIdx.x * RANKS;
+    const T* a[RANKS];
+#pragma unroll
+    for (int j = 0; j < RANKS; ++j) a[j] = reinterpret_cast<const T*>(pair.a) + (uint64_t)min(first + j, pair.rank - 1) * k;
+    if (Source::TAKES_TIME) {
+        // A comes from memory while the source begins.
+        constexpr int LINE = 128 / sizeof(T);
+#pragma unroll
+        for (int j = 0; j < RANKS; ++j)
+            for (int i = threadIdx.x * LINE; i < k; i += THREADS * LINE) read_ahead(a[j] + i);
+    }
     Source x[GROUP];
 #pragma unroll
     for (int m = 0; m < GROUP; ++m) {
         x[m] = input;
         if (m < members) x[m].begin(Item(items + 4 * (uint64_t)(item + m)).row, k);
     }
-    const T* a[RANKS];
-#pragma unroll
-    for (int j = 0; j < RANKS; ++j) a[j] = reinterpret_cast<const T*>(pair.a) + (uint64_t)min(first + j, pair.rank - 1) * k;
     float sums[GROUP][RANKS] = {};
     if (!Source::ANY_WIDTH || k % 8 == 0) {
         constexpr int STRIDE = THREADS * 8;
