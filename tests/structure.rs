@@ -10,6 +10,7 @@ use hone::fault::{self, Kind};
 use hone::spec::keys;
 use hone::workspace::annotations;
 use regex::Regex;
+use sha2::{Digest, Sha256};
 
 /// The models of each family in the table of docs/models.md.
 const MODELS: [(&str, &str); 14] = [
@@ -581,6 +582,40 @@ fn code_is_read_without_comments_and_texts() {
     std::fs::write(&file, source).unwrap();
     let used: Vec<String> = used_from_the_root(&code(&file)).into_iter().collect();
     assert_eq!(used, ["alpha", "beta", "delta", "epsilon", "gamma"]);
+}
+
+/// `tests/gpu --races` takes ten minutes, so that it is no part of every run of the tests. It records the code of the
+/// kernels that it has seen, without comments and blanks. Other code has to be seen again.
+#[test]
+fn the_race_detector_has_seen_these_kernels() {
+    const RECORD: &str = "kernels/races.txt";
+    let comment = Regex::new(r"//[^\n]*").unwrap();
+    let files = std::fs::read_dir("kernels").unwrap().map(|entry| entry.unwrap().path());
+    let mut files: Vec<PathBuf> =
+        files.filter(|path| path.extension().is_some_and(|ending| ending == "cu" || ending == "cuh")).collect();
+    files.sort();
+    let mut code = Sha256::new();
+    for file in &files {
+        let text = std::fs::read_to_string(file).unwrap();
+        code.update(format!("{}\n", file.display()));
+        for word in comment.replace_all(&text, "").split_whitespace().filter(|word| *word != "\\") {
+            code.update(word);
+        }
+    }
+    let code = format!("sha256 of the kernels' code: {}", hex(&code.finalize()));
+    if let Ok(tests) = std::env::var("HONE_KERNELS_CHECKED") {
+        let text = format!(
+            "`tests/gpu --races` writes this file when the race detector has found nothing in all kernels.\n\n{code}\n\
+             tests that run kernels: {tests}\n"
+        );
+        std::fs::write(RECORD, text).unwrap();
+    }
+    let record = std::fs::read_to_string(RECORD).unwrap();
+    assert!(record.lines().any(|line| line == code), "{RECORD}: the kernels have changed: run tests/gpu --races");
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A kernel that is launched before the one before it has ended must wait before it uses memory. Loads by the read-only
