@@ -19,8 +19,8 @@
 
 typedef __nv_bfloat16 bf16;
 
-// The first statement of every kernel, or part of it (`read_ahead_and_wait`): from here on the kernels that were launched before have ended, and their writes
-// are seen. On cards of compute capability 9.0 and later a kernel that src/ops/cuda/launch.rs launches with
+// The first statement of every kernel, or part of it (`read_ahead_and_wait`): from here on the kernels that were
+// launched before have ended, and their writes are seen. On cards of compute capability 9.0 and later a kernel that src/ops/cuda/launch.rs launches with
 // programmatic stream serialization may begin while the one before it ends; nothing that lies in global memory may be
 // read or written before this call. Parameters may. PTX ISA, "griddepcontrol"; CUDA Programming Guide, "Programmatic
 // Dependent Launch".
@@ -42,8 +42,8 @@ __device__ __forceinline__ void wait_for_earlier_kernels() {
 // The same for a kernel that reads much memory which no kernel writes, such as a weight: it asks the L2 cache for
 // `bytes` of it, from `from` on, and then waits. So the memory comes while the kernel before this one ends. A line that
 // is asked for is not read: the L2 cache is what all later loads, stores and copies of the device go through, so what a
-// load finds behind the wait does not depend on it. All threads call this first. blockDim.y and blockDim.z are 1. PTX ISA,
-// "prefetch".
+// load finds behind the wait does not depend on it. All threads call this first. blockDim.y and blockDim.z are 1. PTX
+// ISA, "prefetch".
 __device__ __forceinline__ void read_ahead_and_wait(const void* from, int64_t bytes) {
 #ifdef CUDA_EMU
     emulator::check_ahead(from, bytes);

@@ -191,8 +191,8 @@ __device__ __forceinline__ void few_four_bit(const uint8_t* packed, const uint8_
     const Added<bf16> added = {low + (uint64_t)blockIdx.z * count * rank_max, items, rows, rank_max, PICK(site), \
                                factor, firsts}
 
-// The bytes that a block of `rows_of_block` rows asks for ahead: those of its rows, `row` each, but at most `ahead`. They lie
-// together. A block behind the last of n rows has none.
+// The bytes that a block of `rows_of_block` rows asks for ahead: those of its rows, `row` each, but at most `ahead`.
+// They lie together. A block behind the last of n rows has none.
 __device__ __forceinline__ int64_t ahead_of_block(int rows_of_block, int n, int64_t row, int ahead) {
     return min((int64_t)ahead, min(rows_of_block, n - (int)blockIdx.x * rows_of_block) * row);
 }
