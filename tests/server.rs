@@ -160,6 +160,7 @@ fn start(setting: Setting) -> (Server, Arc<Scripted>) {
         context: CONTEXT,
         vocabulary: tokenizer.vocab_size(),
         sequences: 8,
+        waiting: setting.queue_max,
         cache_tokens: 8 * CONTEXT,
         description: "a script".into(),
     };

@@ -348,7 +348,10 @@ fn message(at: usize, message: &Value) -> Result<Value> {
         Value::Null if role == "assistant" && map.contains_key("tool_calls") => Value::Null,
         Value::Array(parts) => {
             let text = |part: &Value| {
-                (part["type"] == "text").then(|| part["text"].as_str().map(String::from)).flatten()
+                let kind = part["type"].as_str()?;
+                // What an assistant refused may be sent back as it came.
+                let known = kind == "text" || kind == "refusal" && role == "assistant";
+                known.then(|| part[kind].as_str().map(String::from)).flatten()
             };
             let texts: Option<Vec<String>> = parts.iter().map(text).collect();
             Value::String(texts.ok_or_else(|| wrong("only parts of type text are supported"))?.concat())
@@ -436,6 +439,7 @@ fn common(fields: &Fields, model: &Model, form: Form, prompts: Vec<Prompt>) -> R
         let all = prompts.len() * n;
         return Err(Error::field("n", format!("n: {all} choices of all prompts, limit {PROMPTS_MAX}")));
     }
+    holds(model, prompts.len() * n)?;
     fields.refuse("best_of", &[json!(1), json!(n)], "all choices are returned; use n")?;
     response_format(fields)?;
     let stream = fields.flag("stream")?.unwrap_or(false);
@@ -478,6 +482,22 @@ fn common(fields: &Fields, model: &Model, form: Form, prompts: Vec<Prompt>) -> R
         offer: None,
         ignored,
     })
+}
+
+/// Refuses more choices than run and wait at once: to come again later would not help.
+fn holds(model: &Model, choices: usize) -> Result<()> {
+    let facts = model.engine.facts();
+    let most = facts.sequences.saturating_add(facts.waiting);
+    match choices > most {
+        true => Err(Error::field(
+            "n",
+            format!(
+                "n: {choices} choices of all prompts, but this server holds {most} at once (--sequences and --waiting); \
+                 send them in several requests"
+            ),
+        )),
+        false => Ok(()),
+    }
 }
 
 /// Tokens before an answer may end.
@@ -568,6 +588,7 @@ pub fn strengths(fields: &Fields, model: &Model) -> Result<Option<Vec<Strength>>
     if list.len() > ADAPTERS_MAX {
         return Err(wrong(format!("found {}, limit {ADAPTERS_MAX}", list.len())));
     }
+    let loaded = model.engine.adapters();
     let mut found: Vec<Strength> = Vec::new();
     for entry in list {
         let map = entry.as_object().ok_or_else(|| wrong("expected objects with name and strength".into()))?;
@@ -581,8 +602,8 @@ pub fn strengths(fields: &Fields, model: &Model) -> Result<Option<Vec<Strength>>
         if found.iter().any(|other| other.name == name) {
             return Err(wrong(format!("`{name}` is listed twice")));
         }
-        if !model.engine.adapters().iter().any(|adapter| adapter.name == name) {
-            return Err(Error::unknown_model(name, &model.names()).of("adapters"));
+        if !loaded.iter().any(|adapter| adapter.name == name) {
+            return Err(Error::unknown_adapter(name, &loaded));
         }
         found.push(Strength { name: name.to_owned(), strength });
     }
@@ -704,9 +725,9 @@ pub fn kaito(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
     if given.flag("do_sample")? == Some(false) {
         open.insert("temperature".into(), json!(0));
     }
-    let ends = given.get("eos_token_id").map(|ids| if ids.is_array() { ids.clone() } else { json!([ids]) });
-    open.insert("stop_token_ids".into(), ends.clone().unwrap_or(Value::Null));
+    let ends = given.token_or_tokens("eos_token_id")?;
     open.insert("ignore_eos".into(), ends.is_some().into());
+    open.insert("stop_token_ids".into(), json!(ends));
     open.insert("adapters".into(), fields.get("adapters").cloned().unwrap_or(Value::Null));
     open.insert("model".into(), fields.get("model").cloned().unwrap_or(Value::Null));
     let mut ask = common(&Fields::new(&open, ""), model, Form::Kaito, vec![Prompt { ids, text: shown }])?;
