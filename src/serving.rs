@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use candle_core::Device;
 
+use crate::adapter;
 use crate::dataset::{Chat, Tokenizer};
 use crate::endpoint::{self, Reply};
 use crate::fault::{Fault, Result};
@@ -233,6 +234,12 @@ fn bring(plan: &Serving, report: &Report) -> Bring {
         let adapter = fetch::Adapter::parse(text)?;
         let brought = fetch::adapter(&adapter, access, &report)?;
         if let Some(warning) = identity::check(&adapter.to_string(), &brought.bases, &served)? {
+            report.warn(Stage::Load, warning);
+        }
+        if brought.bases.is_empty()
+            && let Some(warning) =
+                identity::warning(&adapter.to_string(), &adapter::base_model(&brought.folder), &served)
+        {
             report.warn(Stage::Load, warning);
         }
         let origin = Origin { source: adapter.to_string(), digest: brought.digest };

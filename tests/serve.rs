@@ -196,6 +196,7 @@ fn what_cannot_be_served_is_refused_before_it_loads() {
         (&["--tls-chain", "x"][..], 2, "tls-key"),
         (&["--default", "x"][..], 2, "there is no model of this name"),
         (&["--name", ""][..], 2, "requests cannot name the base"),
+        (&["--allowed-origins", "chat.example.com"][..], 2, "expected SCHEME://HOST[:PORT]"),
         (&["--api-key", ""][..], 2, "--api-key (HONE_API_KEY) is empty"),
         (&["--api-key", "schl\u{fc}ssel"][..], 2, "expected visible ASCII characters"),
         (&["--cache-type", "q8"][..], 2, "q8 is not supported"),
@@ -329,6 +330,14 @@ fn an_image_of_another_base_is_refused_with_both_names() {
     let (code, told) = launch(&cache, "", &[&adapter, "--name=org/tiny"]).err().expect("refused");
     assert_eq!(code, 10, "{told}");
     assert!(told.contains("org/other-7b") && told.contains("org/tiny"), "{told}");
+    // A folder's configuration may name a copy of the base: it is told.
+    let folder = format!("--adapter=a={}", work.path().join("adapter").display());
+    let running = launch(&cache, "", &[&folder, "--name=org/tiny"]).map_err(|(_, text)| text).unwrap();
+    assert!(
+        running.told.contains("names org/other-7b as its base, and the served base is"),
+        "{}",
+        running.told
+    );
     // A folder's name says too little to refuse: it is told.
     let running = launch(&cache, "", &[&adapter, "--name=tiny"]).map_err(|(_, text)| text).unwrap();
     assert!(running.told.contains("cannot tell from these names"), "{}", running.told);

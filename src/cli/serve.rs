@@ -131,7 +131,11 @@ impl Serve {
         };
         let key = self.api_key.as_deref().map(key).transpose()?;
         if let Some(text) = self.allowed_origins.iter().find(|text| !crate::server::is_origin(text)) {
-            return Err(wrong("allowed-origins", text, "SCHEME://HOST[:PORT], such as https://chat.example.com, or *"));
+            return Err(wrong(
+                "allowed-origins",
+                text,
+                "SCHEME://HOST[:PORT], such as https://chat.example.com, or *",
+            ));
         }
         let adapters = self.adapter.iter().map(|text| pair("adapter", text, "NAME=SOURCE"));
         let mut mixes = Vec::new();

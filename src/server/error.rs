@@ -97,7 +97,11 @@ impl Error {
     /// No adapter of this name is loaded.
     pub fn unknown_adapter(name: &str, loaded: &[Adapter]) -> Error {
         let names: Vec<&str> = loaded.iter().map(|adapter| adapter.name.as_str()).collect();
-        let known = if names.is_empty() { "none is loaded".into() } else { format!("there are: {}", names.join(", ")) };
+        let known = if names.is_empty() {
+            "none is loaded".into()
+        } else {
+            format!("there are: {}", names.join(", "))
+        };
         let message = format!("The adapter `{name}` does not exist; {known}");
         Error::new(StatusCode::NOT_FOUND, message).of("adapters").code("model_not_found")
     }

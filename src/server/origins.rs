@@ -26,7 +26,8 @@ const MAX_AGE: &str = "600";
 /// Returns whether an origin is written as browsers send it, or is `*`.
 pub fn is_origin(text: &str) -> bool {
     let Some((scheme, host)) = text.split_once("://") else { return text == ANY || text == "null" };
-    let plain = |part: &str| !part.is_empty() && part.chars().all(|c| c.is_ascii_graphic() && !"/?#@*".contains(c));
+    let plain =
+        |part: &str| !part.is_empty() && part.chars().all(|c| c.is_ascii_graphic() && !"/?#@*".contains(c));
     plain(scheme) && plain(host)
 }
 
@@ -69,7 +70,8 @@ impl Origins {
     /// may send nothing.
     pub fn preflight<B>(&self, request: &Request<B>) -> Option<Response<Reply>> {
         let asked = request.headers();
-        let question = request.method() == Method::OPTIONS && asked.contains_key(ACCESS_CONTROL_REQUEST_METHOD);
+        let question =
+            request.method() == Method::OPTIONS && asked.contains_key(ACCESS_CONTROL_REQUEST_METHOD);
         self.allowed(asked).filter(|_| question)?;
         let mut response = Response::new(Reply::Whole(Full::new(Bytes::new())));
         *response.status_mut() = StatusCode::NO_CONTENT;
@@ -112,12 +114,25 @@ mod tests {
 
     #[test]
     fn an_origin_is_a_scheme_a_host_and_perhaps_a_port() {
-        for text in ["*", "null", "https://chat.example.com", "http://localhost:3000", "tauri://localhost", "http://[::1]:80"]
-        {
+        for text in [
+            "*",
+            "null",
+            "https://chat.example.com",
+            "http://localhost:3000",
+            "tauri://localhost",
+            "http://[::1]:80",
+        ] {
             assert!(is_origin(text), "{text}");
         }
-        for text in ["", "chat.example.com", "https://", "://x", "https://a.example/", "https://*.example.com", "http://a b"]
-        {
+        for text in [
+            "",
+            "chat.example.com",
+            "https://",
+            "://x",
+            "https://a.example/",
+            "https://*.example.com",
+            "http://a b",
+        ] {
             assert!(!is_origin(text), "{text}");
         }
     }
@@ -127,7 +142,9 @@ mod tests {
     fn pages_of_other_origins_change_nothing() {
         let may = |allowed: &[&str], headers: &[(&str, &str)]| {
             let allowed: Vec<String> = allowed.iter().map(|origin| origin.to_string()).collect();
-            let asked = headers.iter().fold(Request::post("/v1/mixes"), |asked, (name, value)| asked.header(*name, *value));
+            let asked = headers
+                .iter()
+                .fold(Request::post("/v1/mixes"), |asked, (name, value)| asked.header(*name, *value));
             Origins::new(&allowed).may_change(&asked.body(()).unwrap()).is_ok()
         };
         let (host, page) = (("host", "127.0.0.1:8000"), ("origin", "https://evil.example"));
@@ -135,7 +152,10 @@ mod tests {
         assert!(may(&[], &[host, ("origin", "http://127.0.0.1:8000")]));
         assert!(may(&[], &[host, ("sec-fetch-site", "none")]));
         // A proxy may give the host another name; the browser knows.
-        assert!(may(&[], &[("host", "inner"), ("origin", "https://chat.example"), ("sec-fetch-site", "same-origin")]));
+        assert!(may(
+            &[],
+            &[("host", "inner"), ("origin", "https://chat.example"), ("sec-fetch-site", "same-origin")]
+        ));
         assert!(!may(&[], &[host, page]));
         assert!(!may(&[], &[host, ("origin", "null")]));
         assert!(!may(&[], &[host, ("origin", "http://127.0.0.1:3000"), ("sec-fetch-site", "same-site")]));

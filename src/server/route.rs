@@ -7,7 +7,8 @@ use std::time::Duration;
 use http_body_util::BodyExt;
 use hyper::body::{Body, Bytes};
 use hyper::header::{
-    ALLOW, AUTHORIZATION, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE,
+    ALLOW, AUTHORIZATION, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue,
+    RETRY_AFTER, WWW_AUTHENTICATE,
 };
 use hyper::{Method, Request, Response, StatusCode};
 use percent_encoding::percent_decode_str;
@@ -15,6 +16,7 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::Options;
 use super::answer::{self, Context};
 use super::ask::{self, Ask, Form};
 use super::body::Received;
@@ -26,7 +28,6 @@ use super::model::Model;
 use super::origins::Origins;
 use super::reply::{Answer, Reply, json_answer, typed};
 use super::state::{Phase, State};
-use super::Options;
 use crate::dataset::{Chat, Tokenizer};
 use crate::endpoint::PROMETHEUS;
 use crate::generate::Strength;
