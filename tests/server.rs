@@ -560,7 +560,7 @@ fn kaitos_chat_answers_as_v0_3_did_but_through_the_template() {
 /// The status, the field and a word of the message of everything that is wrong.
 #[test]
 fn bad_input_gets_openais_error_and_the_server_lives() {
-    let (server, _) = start(Setting::default());
+    let (server, engine) = start(Setting::default());
     let chat = "/v1/chat/completions";
     let (long, huge) = ("word ".repeat(400), "word ".repeat(600_000));
     let many: BTreeMap<String, i32> = (0..1025).map(|token| (token.to_string(), 1)).collect();
@@ -637,6 +637,17 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
         (json!({"min_tokens": 200}), 400, "min_tokens", "more than max_tokens"),
         (json!({"stop_token_ids": vec![1; 1025]}), 400, "stop_token_ids", "found 1025, limit 1024"),
         (json!({"logit_bias": many}), 400, "logit_bias", "found 1025, limit 1024"),
+        (calls(json!("x")), 400, "messages[0]", "tool_calls must be a list"),
+        (calls(json!([])), 400, "messages[0]", "content must be"),
+        (calls(json!(null)), 400, "messages[0]", "content must be"),
+        (calls(json!([{"function": {}}])), 400, "messages[0]", "tool_calls[0]: function.name is missing"),
+        (json!({"messages": [{"role": 1, "content": "x"}]}), 400, "messages[0]", "role must be a string"),
+        (
+            json!({"messages": [{"role": "assistant", "content": ""}], "continue_final_message": true}),
+            400,
+            "continue_final_message",
+            "no text to continue",
+        ),
         (calls(json!([5])), 400, "messages[0]", "tool_calls[0]: expected an object"),
         (calls(json!([{"function": "f"}])), 400, "messages[0]", "tool_calls[0]: expected an object"),
         (calls(json!([{"function": {"name": "f"}}, []])), 400, "messages[0]", "tool_calls[1]"),
@@ -713,6 +724,14 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
     let ignored = reply.head.lines().find_map(|line| line.strip_prefix("x-ignored-fields: ")).unwrap();
     let expected = "stream_options.sparkle,documents,reasoning_effort,chat_template_kwargs.enable_thinking";
     assert_eq!(ignored, expected);
+    // Neither has this one a place for calls: their message is empty, and not the word for nothing.
+    let call = json!({"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]});
+    let messages = json!([{"role": "user", "content": "q"}, call, {"role": "tool", "content": "ok"}]);
+    let reply = post(&server, chat, with(question(), json!({"messages": messages})));
+    assert!(reply.head.contains("x-ignored-fields: messages.tool_calls"), "{}", reply.head);
+    let seen = engine.seen.lock().unwrap().last().unwrap().clone();
+    let tokenizer = Tokenizer::open(&model_folder()).unwrap();
+    assert_eq!(tokenizer.decode(&seen.prompt, false), "<user>q<assistant><tool>ok<assistant>");
     let asked = json!({"prompt": "x", "generate_kwargs": {"max_new_tokens": 2, "sparkle": 1}, "glow": 1});
     let reply = post(&server, "/chat", asked);
     assert!(reply.head.contains("x-ignored-fields: glow,generate_kwargs.sparkle"), "{}", reply.head);
@@ -881,6 +900,8 @@ fn a_client_that_goes_away_frees_its_place() {
         assert_eq!(engine.cancelled.load(Ordering::Acquire), before + 1, "stream: {stream}");
     }
     wait_for("nothing runs", || server.running() == 0);
+    let aborted = "vllm:request_success_total{engine=\"0\",model_name=\"base\",finished_reason=\"abort\"} 2";
+    wait_for("both are counted", || get(&server, "/metrics").body.contains(aborted));
 }
 
 #[test]

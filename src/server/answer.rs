@@ -213,12 +213,12 @@ async fn whole(context: &Context, index: usize, mut speaker: Speaker) -> Result<
                 break end;
             }
             Piece::Failed(error) => {
-                context.metrics.ended("error", &Usage::default(), &clock);
+                clock.ended("error", &Usage::default());
                 return Err(error);
             }
         }
     };
-    context.metrics.ended(end.reason, &end.usage, &clock);
+    clock.ended(end.reason, &end.usage);
     let choice = choice(context, index, said, &prompt_scores, &scores, &end);
     Ok(Whole { index, choice, usage: end.usage })
 }
@@ -387,10 +387,7 @@ async fn parts(
     loop {
         let piece = tokio::select! {
             piece = next(&mut speaker, &context.stop) => piece,
-            () = sender.closed() => {
-                context.metrics.ended("abort", &Usage::default(), &clock);
-                return None;
-            }
+            () = sender.closed() => return None,
         };
         let (said, tokens, end) = match piece {
             Piece::Started => {
@@ -404,7 +401,7 @@ async fn parts(
             Piece::Said(said, tokens) => (said, tokens, None),
             Piece::End(said, tokens, end) => (said, tokens, Some(end)),
             Piece::Failed(error) => {
-                context.metrics.ended("error", &Usage::default(), &clock);
+                clock.ended("error", &Usage::default());
                 let _ = sender.send(event(&error.body())).await;
                 return None;
             }
@@ -439,7 +436,7 @@ async fn parts(
             choice["token_ids"] = tokens.iter().map(|scored| scored.token).collect();
         }
         if let Some(end) = &end {
-            context.metrics.ended(end.reason, &end.usage, &clock);
+            clock.ended(end.reason, &end.usage);
         }
         send(choice, end.as_ref()).await?;
         if let Some(end) = end {
