@@ -232,7 +232,8 @@ fn a_pods_chat_answers_from_the_workspaces_mix() {
     // Whoever lists adapters adds them to the base.
     let listed = completion(&running, json!({"adapters": [{"name": "tuned", "strength": 0.5}]}));
     assert_eq!(scores(&listed), scores(&completion(&running, json!({}))));
-    let other = start(&["--default=tiny"]);
+    let other = start(&["--default=tiny", "--mix=none=tuned:0"]);
+    assert!(other.told.contains("--mix none: every strength is 0"), "{}", other.told);
     assert_eq!(scores(&completion(&other, json!({}))), scores(&completion(&other, json!({"model": "tiny"}))));
 }
 

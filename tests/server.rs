@@ -632,6 +632,7 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
             "tool_choice",
             "a named function is not supported",
         ),
+        (json!({"tool_choice": {"type": "allowed_tools"}}), 400, "tool_choice", "this form is not supported"),
         (json!({"tools": [{"type": "function"}]}), 400, "tools[0]", "expected"),
         (json!({"tools": "x"}), 400, "tools", "a list"),
         (json!({"min_tokens": 200}), 400, "min_tokens", "more than max_tokens"),
@@ -1210,7 +1211,9 @@ fn mixes_change_only_where_allowed() {
         let adapters = engine.seen.lock().unwrap().last().unwrap().adapters.clone();
         adapters.into_iter().map(|part| (part.name, part.strength)).collect::<Vec<_>>()
     };
-    assert_eq!(post(&server, "/v1/mixes", mix).json()["adapters"][0]["strength"], 0.5);
+    let reply = post(&server, "/v1/mixes", mix);
+    assert_eq!(reply.json()["adapters"][0]["strength"], 0.5);
+    assert!(!reply.head.contains("x-ignored-fields"), "both fields are used: {}", reply.head);
     assert_eq!(asked("both"), [("a".into(), 0.5)]);
     let load = json!({"lora_name": "c", "lora_path": "/x/c"});
     assert_eq!(post(&server, "/v1/load_lora_adapter", load).json()["digest"], "sha256:4");

@@ -362,7 +362,7 @@ fn message(at: usize, message: &Value) -> Result<Value> {
     };
     let mut out = map.clone();
     // Templates ask if a field is there, and an empty one is not.
-    out.retain(|name, value| !value.is_null() && !(name == "tool_calls" && *value == json!([])));
+    out.retain(|name, value| !(value.is_null() || name == "tool_calls" && *value == json!([])));
     if out.get("tool_calls").is_some_and(|calls| !calls.is_array()) {
         return Err(wrong("tool_calls must be a list"));
     }

@@ -126,7 +126,7 @@ impl Service {
             "/v1/unload_lora_adapter" if post => {
                 self.with_body(request, &["lora_name", "lora_int_id"], changes::unload).await
             }
-            "/v1/mixes" if post => self.with_body(request, &[], changes::mix).await,
+            "/v1/mixes" if post => self.with_body(request, &["name", "adapters"], changes::mix).await,
             "/v1/mixes" if get => Ok(json_answer(&changes::mixes(&*self.serving()?))),
             other if delete && other.starts_with(MIX) => {
                 changes::remove_mix(&*self.serving()?, &decoded(&other[MIX.len()..]))
