@@ -475,8 +475,8 @@ fn completions_take_every_form_of_prompt_and_echo_with_log_probabilities() {
     assert_eq!((beside.len(), beside[0]["top_logprobs"].as_array().unwrap().len()), (ids.len() - 1, 2));
     let alone = ask(json!({"prompt": ids, "max_tokens": 1, "echo": true, "prompt_logprobs": 0}));
     assert!(alone["choices"][0]["logprobs"].is_null() && alone["choices"][0]["prompt_logprobs"].is_array());
-    // Each token's text begins at its offset: the text has no tokens that stand around the prompt alone, no blank of the
-    // first word, and letters, not bytes.
+    // Each token's text begins at its offset in letters. The text has no tokens that the tokenizer put around the
+    // prompt, and no blank before its first word.
     let ids_of = |text: &str| tokenizer.encode(text, false).unwrap();
     let given = "Zo\u{eb} \u{1f642} said <|user|> hi";
     let with_start = [vec![1], ids_of(given)].concat();

@@ -385,24 +385,30 @@ fn message(at: usize, message: &Value) -> Result<Value> {
     out.insert("content".into(), content);
     if let Some(Value::Array(calls)) = out.get_mut("tool_calls") {
         for (number, call) in calls.iter_mut().enumerate() {
-            let function = call.get_mut("function").and_then(Value::as_object_mut);
-            let function = function
-                .ok_or_else(|| wrong(&format!("tool_calls[{number}]: expected an object with a function")))?;
-            if !function.get("name").is_some_and(Value::is_string) {
-                return Err(wrong(&format!("tool_calls[{number}]: function.name is missing")));
-            }
-            let Some(arguments) = function.get_mut("arguments") else { continue };
-            // Some clients send back a call without arguments as "".
-            let parsed = match arguments.as_str().map(str::trim) {
-                Some("") => Some(json!({})),
-                text => text.and_then(|text| serde_json::from_str::<Value>(text).ok()),
-            };
-            if let Some(parsed) = parsed {
-                *arguments = parsed;
-            }
+            let what = |problem: &str| wrong(&format!("tool_calls[{number}]: {problem}"));
+            parse_arguments(call).map_err(what)?;
         }
     }
     Ok(Value::Object(out))
+}
+
+/// Makes an object of the arguments of a call, which clients send as text.
+fn parse_arguments(call: &mut Value) -> std::result::Result<(), &'static str> {
+    let function = call.get_mut("function").and_then(Value::as_object_mut);
+    let function = function.ok_or("expected an object with a function")?;
+    if !function.get("name").is_some_and(Value::is_string) {
+        return Err("function.name is missing");
+    }
+    let Some(arguments) = function.get_mut("arguments") else { return Ok(()) };
+    // Some clients send back a call without arguments as "".
+    let parsed = match arguments.as_str().map(str::trim) {
+        Some("") => Some(json!({})),
+        text => text.and_then(|text| serde_json::from_str::<Value>(text).ok()),
+    };
+    if let Some(parsed) = parsed {
+        *arguments = parsed;
+    }
+    Ok(())
 }
 
 /// `POST /v1/completions`.
