@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use candle_core::Device;
 
+use crate::adapter;
 use crate::dataset::{Chat, Tokenizer};
 use crate::endpoint::{self, Reply};
 use crate::fault::{Fault, Result};
@@ -69,6 +70,7 @@ pub struct Options {
 pub fn run(plan: &Serving, options: &Options, report: &Report) -> Result<()> {
     check_names(plan, options)?;
     check_adapter_folder(options.adapter_folder.as_deref())?;
+    tell_of_empty_mixes(options, report);
     let server = Server::start(&options.server)?;
     let scheme = if options.server.tls.is_some() { "https" } else { "http" };
     let address = server.address();
@@ -143,6 +145,14 @@ fn check_names(plan: &Serving, options: &Options) -> Result<()> {
             .help(format!("one of {}", names.into_iter().cloned().collect::<Vec<_>>().join(", "))));
     }
     Ok(())
+}
+
+/// A mix that adds nothing is served, since strengths may change later, but not in silence.
+fn tell_of_empty_mixes(options: &Options, report: &Report) {
+    let empty = |parts: &[(String, f32)]| parts.iter().all(|(_, strength)| *strength == 0.0);
+    for (mix, _) in options.mixes.iter().filter(|(_, parts)| empty(parts)) {
+        report.warn(Stage::Load, format!("--mix {mix}: every strength is 0, so that it answers as the base"));
+    }
 }
 
 fn model(plan: &Serving, options: &Options, report: &Report) -> Result<Model> {
@@ -233,6 +243,12 @@ fn bring(plan: &Serving, report: &Report) -> Bring {
         let adapter = fetch::Adapter::parse(text)?;
         let brought = fetch::adapter(&adapter, access, &report)?;
         if let Some(warning) = identity::check(&adapter.to_string(), &brought.bases, &served)? {
+            report.warn(Stage::Load, warning);
+        }
+        if brought.bases.is_empty()
+            && let Some(warning) =
+                identity::warning(&adapter.to_string(), &adapter::base_model(&brought.folder), &served)
+        {
             report.warn(Stage::Load, warning);
         }
         let origin = Origin { source: adapter.to_string(), digest: brought.digest };

@@ -792,6 +792,18 @@ fn adapters_that_do_not_fit_or_change_nothing_are_refused() {
         fault.message.contains("the adapter was made for") && fault.message.contains("llama model"),
         "{fault}"
     );
+    // B A is nothing if either is.
+    let folder = tempfile::tempdir().unwrap();
+    let trained = golden("llama3/final_adapter");
+    let mut tensors =
+        candle_core::safetensors::load(trained.join(adapter::WEIGHTS_FILE), &Device::Cpu).unwrap();
+    for (_, tensor) in tensors.iter_mut().filter(|(name, _)| name.contains("lora_A")) {
+        *tensor = tensor.zeros_like().unwrap();
+    }
+    candle_core::safetensors::save(&tensors, folder.path().join(adapter::WEIGHTS_FILE)).unwrap();
+    std::fs::copy(trained.join(adapter::CONFIG_FILE), folder.path().join(adapter::CONFIG_FILE)).unwrap();
+    let fault = refused(folder.path().to_owned());
+    assert!(fault.message.contains("the adapter changes nothing"), "{fault}");
     assert!(engine.adapters().is_empty());
     engine.load_adapter("x", &golden("llama3/final_adapter")).unwrap();
     assert_eq!(engine.adapters()[0].name, "x");

@@ -196,6 +196,7 @@ fn what_cannot_be_served_is_refused_before_it_loads() {
         (&["--tls-chain", "x"][..], 2, "tls-key"),
         (&["--default", "x"][..], 2, "there is no model of this name"),
         (&["--name", ""][..], 2, "requests cannot name the base"),
+        (&["--allowed-origins", "chat.example.com"][..], 2, "expected SCHEME://HOST[:PORT]"),
         (&["--api-key", ""][..], 2, "--api-key (HONE_API_KEY) is empty"),
         (&["--api-key", "schl\u{fc}ssel"][..], 2, "expected visible ASCII characters"),
         (&["--cache-type", "q8"][..], 2, "q8 is not supported"),
@@ -231,7 +232,8 @@ fn a_pods_chat_answers_from_the_workspaces_mix() {
     // Whoever lists adapters adds them to the base.
     let listed = completion(&running, json!({"adapters": [{"name": "tuned", "strength": 0.5}]}));
     assert_eq!(scores(&listed), scores(&completion(&running, json!({}))));
-    let other = start(&["--default=tiny"]);
+    let other = start(&["--default=tiny", "--mix=none=tuned:0"]);
+    assert!(other.told.contains("--mix none: every strength is 0"), "{}", other.told);
     assert_eq!(scores(&completion(&other, json!({}))), scores(&completion(&other, json!({"model": "tiny"}))));
 }
 
@@ -329,6 +331,14 @@ fn an_image_of_another_base_is_refused_with_both_names() {
     let (code, told) = launch(&cache, "", &[&adapter, "--name=org/tiny"]).err().expect("refused");
     assert_eq!(code, 10, "{told}");
     assert!(told.contains("org/other-7b") && told.contains("org/tiny"), "{told}");
+    // A folder's configuration may name a copy of the base: it is told.
+    let folder = format!("--adapter=a={}", work.path().join("adapter").display());
+    let running = launch(&cache, "", &[&folder, "--name=org/tiny"]).map_err(|(_, text)| text).unwrap();
+    assert!(
+        running.told.contains("names org/other-7b as its base, and the served base is"),
+        "{}",
+        running.told
+    );
     // A folder's name says too little to refuse: it is told.
     let running = launch(&cache, "", &[&adapter, "--name=tiny"]).map_err(|(_, text)| text).unwrap();
     assert!(running.told.contains("cannot tell from these names"), "{}", running.told);

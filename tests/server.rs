@@ -160,6 +160,7 @@ fn start(setting: Setting) -> (Server, Arc<Scripted>) {
         context: CONTEXT,
         vocabulary: tokenizer.vocab_size(),
         sequences: 8,
+        waiting: setting.queue_max,
         cache_tokens: 8 * CONTEXT,
         description: "a script".into(),
     };
@@ -474,6 +475,30 @@ fn completions_take_every_form_of_prompt_and_echo_with_log_probabilities() {
     assert_eq!((beside.len(), beside[0]["top_logprobs"].as_array().unwrap().len()), (ids.len() - 1, 2));
     let alone = ask(json!({"prompt": ids, "max_tokens": 1, "echo": true, "prompt_logprobs": 0}));
     assert!(alone["choices"][0]["logprobs"].is_null() && alone["choices"][0]["prompt_logprobs"].is_array());
+    // Each token's text begins at its offset in letters. The text has no tokens that the tokenizer put around the
+    // prompt, and no blank before its first word.
+    let ids_of = |text: &str| tokenizer.encode(text, false).unwrap();
+    let given = "Zo\u{eb} \u{1f642} said <|user|> hi";
+    let with_start = [vec![1], ids_of(given)].concat();
+    for (prompt, offsets) in [
+        (json!(given), json!([0, 3, 4, 5, 10, 11, 19, 21])),
+        (json!(with_start), json!([0, 0, 3, 4, 5, 10, 11, 11, 13])),
+    ] {
+        let asked = json!({"prompt": prompt, "echo": true, "logprobs": 0, "max_tokens": 0});
+        assert_eq!(ask(asked)["choices"][0]["logprobs"]["text_offset"], offsets, "{prompt}");
+        let asked = json!({"prompt": prompt, "echo": true, "logprobs": 0, "max_tokens": 100});
+        let choice = ask(asked)["choices"][0].clone();
+        let letters: Vec<char> = choice["text"].as_str().unwrap().chars().collect();
+        let list = |name: &str| {
+            choice["logprobs"][name].as_array().unwrap()[offsets.as_array().unwrap().len()..].to_vec()
+        };
+        for (name, at) in list("tokens").iter().zip(list("text_offset")) {
+            let (name, at) = (name.as_str().unwrap(), at.as_u64().unwrap() as usize);
+            let rest: String = letters[at..].iter().collect();
+            let no_text = name.starts_with("bytes:") || tokenizer.is_special(ids_of(name)[0]);
+            assert!(no_text || rest.starts_with(name), "{name:?} at {at}: {rest:?}");
+        }
+    }
     // The request of lm-evaluation-harness.
     let answer = ask(
         json!({"prompt": [ids], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": true}),
@@ -520,6 +545,12 @@ fn kaitos_chat_answers_as_v0_3_did_but_through_the_template() {
     ] {
         assert_eq!(post(&raw, "/chat", with(json!({"prompt": "x"}), more)).status, 400);
     }
+    let wrong = post(&raw, "/chat", json!({"prompt": "x", "generate_kwargs": {"eos_token_id": "x"}}));
+    assert_eq!(wrong.json()["error"]["param"], "generate_kwargs.eos_token_id", "{}", wrong.body);
+    for ends in [json!(7), json!([7])] {
+        post(&raw, "/chat", json!({"prompt": "x", "generate_kwargs": {"eos_token_id": ends}}));
+        assert_eq!(engine.seen.lock().unwrap().last().unwrap().stop_tokens, [7]);
+    }
     // One of two questions is answered, and a template's text is not shown.
     let both = json!({"prompt": "x", "messages": [], "return_full_text": true});
     let reply = post(&server, "/chat", both);
@@ -529,7 +560,7 @@ fn kaitos_chat_answers_as_v0_3_did_but_through_the_template() {
 /// The status, the field and a word of the message of everything that is wrong.
 #[test]
 fn bad_input_gets_openais_error_and_the_server_lives() {
-    let (server, _) = start(Setting::default());
+    let (server, engine) = start(Setting::default());
     let chat = "/v1/chat/completions";
     let (long, huge) = ("word ".repeat(400), "word ".repeat(600_000));
     let many: BTreeMap<String, i32> = (0..1025).map(|token| (token.to_string(), 1)).collect();
@@ -569,7 +600,14 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
         (json!({"logit_bias": {"1": 1e9}}), 400, "logit_bias", "-100 to 100"),
         (json!({"top_logprobs": 3}), 400, "top_logprobs", "needs logprobs"),
         (json!({"stream": "yes"}), 400, "stream", "true or false"),
-        (json!({"adapters": [{"name": "zzz"}]}), 404, "adapters", "does not exist"),
+        (json!({"adapters": [{"name": "zzz"}]}), 404, "adapters", "`zzz` does not exist; there are: a, b"),
+        (json!({"adapters": [{"name": "both"}]}), 404, "adapters", "`both` does not exist; there are: a, b"),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "No."}]}]}),
+            400,
+            "messages[0]",
+            "text",
+        ),
         (json!({"adapters": [{"name": "a", "strength": "abc"}]}), 400, "adapters.strength", "a number"),
         (json!({"adapters": [{"name": "a", "strength": 1e308}]}), 400, "adapters.strength", "from -16 to 16"),
         (json!({"adapters": [{"name": "a"}, {"name": "a"}]}), 400, "adapters", "twice"),
@@ -594,11 +632,23 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
             "tool_choice",
             "a named function is not supported",
         ),
+        (json!({"tool_choice": {"type": "allowed_tools"}}), 400, "tool_choice", "this form is not supported"),
         (json!({"tools": [{"type": "function"}]}), 400, "tools[0]", "expected"),
         (json!({"tools": "x"}), 400, "tools", "a list"),
         (json!({"min_tokens": 200}), 400, "min_tokens", "more than max_tokens"),
         (json!({"stop_token_ids": vec![1; 1025]}), 400, "stop_token_ids", "found 1025, limit 1024"),
         (json!({"logit_bias": many}), 400, "logit_bias", "found 1025, limit 1024"),
+        (calls(json!("x")), 400, "messages[0]", "tool_calls must be a list"),
+        (calls(json!([])), 400, "messages[0]", "content must be"),
+        (calls(json!(null)), 400, "messages[0]", "content must be"),
+        (calls(json!([{"function": {}}])), 400, "messages[0]", "tool_calls[0]: function.name is missing"),
+        (json!({"messages": [{"role": 1, "content": "x"}]}), 400, "messages[0]", "role must be a string"),
+        (
+            json!({"messages": [{"role": "assistant", "content": ""}], "continue_final_message": true}),
+            400,
+            "continue_final_message",
+            "no text to continue",
+        ),
         (calls(json!([5])), 400, "messages[0]", "tool_calls[0]: expected an object"),
         (calls(json!([{"function": "f"}])), 400, "messages[0]", "tool_calls[0]: expected an object"),
         (calls(json!([{"function": {"name": "f"}}, []])), 400, "messages[0]", "tool_calls[1]"),
@@ -640,6 +690,14 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
         assert_eq!(reply.status, 400, "{body}");
         assert!(reply.json()["error"]["message"].as_str().unwrap().contains(word), "{body}: {}", reply.body);
     }
+    // A compressed body is named as such.
+    let compressed = "POST /v1/completions HTTP/1.1\r\nhost: h\r\nconnection: close\r\ncontent-encoding: gzip\r\ncontent-length: 2\r\n\r\n\x1f\x08";
+    let reply = send(server.address(), compressed.as_bytes());
+    assert!(reply.status == 415 && reply.body.contains("content-encoding \\\"gzip\\\""), "{}", reply.body);
+    assert!(post_bytes(&server, chat, b"").body.contains("The body is empty"));
+    // A byte order mark is no part of the JSON behind it.
+    let marked = [b"\xef\xbb\xbf", question().to_string().as_bytes()].concat();
+    assert_eq!(post_bytes(&server, chat, &marked).status, 200);
     let broken: [&[u8]; 6] =
         [b"", b"{", b"[1]", b"\"x\"", b"{\"a\": \"\xff\xfe\"}", b"{\"prompt\": \"\\ud800\"}"];
     for body in broken {
@@ -667,6 +725,14 @@ fn bad_input_gets_openais_error_and_the_server_lives() {
     let ignored = reply.head.lines().find_map(|line| line.strip_prefix("x-ignored-fields: ")).unwrap();
     let expected = "stream_options.sparkle,documents,reasoning_effort,chat_template_kwargs.enable_thinking";
     assert_eq!(ignored, expected);
+    // Neither has this one a place for calls: their message is empty, and not the word for nothing.
+    let call = json!({"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]});
+    let messages = json!([{"role": "user", "content": "q"}, call, {"role": "tool", "content": "ok"}]);
+    let reply = post(&server, chat, with(question(), json!({"messages": messages})));
+    assert!(reply.head.contains("x-ignored-fields: messages.tool_calls"), "{}", reply.head);
+    let seen = engine.seen.lock().unwrap().last().unwrap().clone();
+    let tokenizer = Tokenizer::open(&model_folder()).unwrap();
+    assert_eq!(tokenizer.decode(&seen.prompt, false), "<user>q<assistant><tool>ok<assistant>");
     let asked = json!({"prompt": "x", "generate_kwargs": {"max_new_tokens": 2, "sparkle": 1}, "glow": 1});
     let reply = post(&server, "/chat", asked);
     assert!(reply.head.contains("x-ignored-fields: glow,generate_kwargs.sparkle"), "{}", reply.head);
@@ -748,10 +814,21 @@ fn large_bodies_and_headers_are_refused() {
         big.len()
     );
     assert_eq!(send(server.address(), told.as_bytes()).status, 413);
+    // A client that reads nothing before it has sent everything sees the answer, wherever it comes from.
+    for (path, status) in [("/v1/completions", 413), ("/nothing", 404), ("/health", 405)] {
+        let mut client = TcpStream::connect(server.address()).unwrap();
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nhost: h\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+            8 << 20
+        );
+        client.write_all(head.as_bytes()).and_then(|()| client.write_all(&vec![b' '; 8 << 20])).expect(path);
+        let mut reply = String::new();
+        client.read_to_string(&mut reply).expect(path);
+        assert!(reply.starts_with(&format!("HTTP/1.1 {status} ")), "{path}: {reply}");
+    }
     let chunk = [format!("{:x}\r\n", big.len()).as_bytes(), &big, b"\r\n0\r\n\r\n"].concat();
     let head = b"POST /v1/completions HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n";
-    let status = send(server.address(), &[head.as_slice(), &chunk].concat()).status;
-    assert!(status == 413 || status == 0, "{status}"); // 0: it closed while being written to.
+    assert_eq!(send(server.address(), &[head.as_slice(), &chunk].concat()).status, 413);
     let header = format!("GET /health HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(200_000));
     let status = send(server.address(), header.as_bytes()).status;
     assert!(matches!(status, 431 | 0), "{status}");
@@ -824,6 +901,8 @@ fn a_client_that_goes_away_frees_its_place() {
         assert_eq!(engine.cancelled.load(Ordering::Acquire), before + 1, "stream: {stream}");
     }
     wait_for("nothing runs", || server.running() == 0);
+    let aborted = "vllm:request_success_total{engine=\"0\",model_name=\"base\",finished_reason=\"abort\"} 2";
+    wait_for("both are counted", || get(&server, "/metrics").body.contains(aborted));
 }
 
 #[test]
@@ -882,6 +961,21 @@ fn a_full_queue_answers_429_and_a_thousand_clients_are_bounded() {
     let rejected = metrics.lines().find(|line| line.starts_with("hone_requests_rejected_total{")).unwrap();
     assert!(!rejected.ends_with(" 0"), "{rejected}");
     assert_eq!(post(&server, "/v1/chat/completions", question()).status, 200);
+}
+
+/// More choices than run and wait at once would be turned away each time that they come: the number is told.
+#[test]
+fn what_never_fits_into_the_queue_is_not_told_to_come_again() {
+    let (server, _) = start(Setting { queue_max: 32, ..Setting::default() });
+    let ask = |prompts: usize| {
+        post(&server, "/v1/completions", json!({"prompt": vec!["x"; prompts], "n": 2, "max_tokens": 1}))
+    };
+    assert_eq!(ask(16).status, 200);
+    // 8 run and 32 wait.
+    let reply = ask(21);
+    assert_eq!((reply.status, &reply.json()["error"]["param"]), (400, &json!("n")), "{}", reply.body);
+    let told = "42 choices of all prompts, but this server holds 40 at once";
+    assert!(reply.body.contains(told) && !reply.head.contains("retry-after"), "{}", reply.body);
 }
 
 #[test]
@@ -1007,6 +1101,86 @@ fn adapters_change_only_where_allowed() {
     assert_eq!(post(&server, "/v1/chat/completions", with(question(), json!({"model": "c"}))).status, 200);
     let unload = |name: &str| post(&server, "/v1/unload_lora_adapter", json!({"lora_name": name})).status;
     assert_eq!((unload("c"), unload("c"), unload("a")), (200, 404, 400));
+    // The base and a mix are no adapters, and are told so.
+    for name in ["base", "both"] {
+        let load = json!({"lora_name": name, "lora_path": "/x", "load_inplace": true});
+        let reply = post(&server, "/v1/load_lora_adapter", load);
+        assert!(reply.status == 400 && reply.body.contains("is the base or a mix"), "{}", reply.body);
+        let reply = post(&server, "/v1/unload_lora_adapter", json!({"lora_name": name}));
+        assert!(reply.status == 404 && reply.body.contains("there are: a, b"), "{}", reply.body);
+    }
+    let load = json!({"lora_name": "d", "lora_path": "/x/wrong"});
+    assert_eq!(post(&server, "/v1/load_lora_adapter", load).json()["error"]["param"], "lora_path");
+}
+
+/// A page of another origin reads answers only if it is allowed, and changes nothing otherwise.
+#[test]
+fn pages_of_allowed_origins_may_ask() {
+    let options = |origins: &[&str], key: Option<&str>| Options {
+        listen: "127.0.0.1:0".parse().unwrap(),
+        origins: origins.iter().map(|origin| origin.to_string()).collect(),
+        key: key.map(String::from),
+        ..Options::default()
+    };
+    let send_with = |server: &Server, line: &str, headers: &str, body: &str| {
+        let length = body.len();
+        let head = format!(
+            "{line} HTTP/1.1\r\nhost: h\r\nconnection: close\r\n{headers}content-length: {length}\r\n\r\n"
+        );
+        send(server.address(), (head + body).as_bytes())
+    };
+    let page = "origin: https://chat.example\r\n";
+    let asks = format!(
+        "{page}access-control-request-method: POST\r\naccess-control-request-headers: authorization, content-type\r\n"
+    );
+    let mix = json!({"name": "m", "adapters": [{"name": "a"}]}).to_string();
+    let allow = |reply: &Reply| {
+        reply
+            .head
+            .lines()
+            .find_map(|line| line.strip_prefix("access-control-allow-origin: "))
+            .map(String::from)
+    };
+
+    let (server, _) = start(Setting { options: options(&[], None), changes: true, ..Setting::default() });
+    let reply = send_with(&server, "GET /v1/models", page, "");
+    assert_eq!((reply.status, allow(&reply)), (200, None));
+    assert_eq!(send_with(&server, "OPTIONS /v1/chat/completions", &asks, "").status, 405);
+    let reply = send_with(&server, "POST /v1/mixes", page, &mix);
+    assert!(reply.status == 403 && reply.body.contains("--allowed-origins"), "{}", reply.body);
+    assert_eq!(send_with(&server, "DELETE /v1/mixes/both", page, "").status, 403);
+    assert_eq!(send_with(&server, "POST /v1/mixes", "origin: http://h\r\n", &mix).status, 200);
+
+    let allowed = options(&["https://chat.example"], Some("secret"));
+    let (server, _) = start(Setting { options: allowed, changes: true, ..Setting::default() });
+    // A browser sends no key with its question.
+    let reply = send_with(&server, "OPTIONS /v1/chat/completions", &asks, "");
+    assert_eq!(
+        (reply.status, allow(&reply).as_deref()),
+        (204, Some("https://chat.example")),
+        "{}",
+        reply.head
+    );
+    assert!(
+        reply.head.contains("access-control-allow-headers: authorization, content-type"),
+        "{}",
+        reply.head
+    );
+    assert!(reply.head.contains("access-control-allow-methods: GET, HEAD, POST, DELETE"), "{}", reply.head);
+    let reply = send_with(&server, "POST /v1/mixes", page, &mix);
+    assert_eq!((reply.status, allow(&reply).as_deref()), (401, Some("https://chat.example")));
+    let reply =
+        send_with(&server, "POST /v1/mixes", &format!("{page}authorization: Bearer secret\r\n"), &mix);
+    assert_eq!((reply.status, allow(&reply).as_deref()), (200, Some("https://chat.example")));
+    assert!(reply.head.contains("vary: origin"), "{}", reply.head);
+    let other = asks.replace("chat.example", "other.example");
+    let reply = send_with(&server, "OPTIONS /v1/chat/completions", &other, "");
+    assert_eq!((reply.status, allow(&reply)), (401, None));
+
+    let (server, _) = start(Setting { options: options(&["*"], None), ..Setting::default() });
+    let streamed = with(question(), json!({"stream": true})).to_string();
+    let reply = send_with(&server, "POST /v1/chat/completions", page, &streamed);
+    assert_eq!((reply.status, allow(&reply).as_deref()), (200, Some("*")));
 }
 
 /// The name that answers requests without a model stays: all of them would fail.
@@ -1037,7 +1211,9 @@ fn mixes_change_only_where_allowed() {
         let adapters = engine.seen.lock().unwrap().last().unwrap().adapters.clone();
         adapters.into_iter().map(|part| (part.name, part.strength)).collect::<Vec<_>>()
     };
-    assert_eq!(post(&server, "/v1/mixes", mix).json()["adapters"][0]["strength"], 0.5);
+    let reply = post(&server, "/v1/mixes", mix);
+    assert_eq!(reply.json()["adapters"][0]["strength"], 0.5);
+    assert!(!reply.head.contains("x-ignored-fields"), "both fields are used: {}", reply.head);
     assert_eq!(asked("both"), [("a".into(), 0.5)]);
     let load = json!({"lora_name": "c", "lora_path": "/x/c"});
     assert_eq!(post(&server, "/v1/load_lora_adapter", load).json()["digest"], "sha256:4");

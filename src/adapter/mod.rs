@@ -251,6 +251,10 @@ fn magnitude_name(path: &str) -> String {
     format!("base_model.model.{path}.lora_magnitude_vector")
 }
 
+fn is_zero(matrix: &Tensor) -> Result<bool> {
+    Ok(cpu::to_f64(matrix)?.iter().all(|value| *value == 0.0))
+}
+
 fn wrong(file: &Path, what: String) -> Fault {
     Fault::model(format!("{}: {what}", file.display()))
 }
@@ -441,7 +445,7 @@ impl Adapter {
         let (mut list, mut changes) = (Vec::with_capacity(sites.len()), false);
         for site in &sites {
             let (a, b) = (self.matrix(site, "A")?, self.matrix(site, "B")?);
-            changes |= site.scale != 0.0 && cpu::to_f64(b)?.iter().any(|value| *value != 0.0);
+            changes |= site.scale != 0.0 && !is_zero(a)? && !is_zero(b)?;
             let dtype_of_pair = if site.dora { dtype } else { pairs };
             let weight = |tensor: &Tensor| {
                 Ok::<_, Fault>(Weight::Dense(
@@ -459,7 +463,7 @@ impl Adapter {
         match changes || !tokens.is_empty() {
             true => Ok(Pairs::new(list).with_tokens(tokens)),
             false => Err(self
-                .wrong("every lora_B is zero: the adapter changes nothing".into())
+                .wrong("every pair has zeros alone in lora_A or lora_B: the adapter changes nothing".into())
                 .help("use an adapter that was trained for at least one step")),
         }
     }

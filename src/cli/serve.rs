@@ -64,6 +64,9 @@ pub(super) struct Serve {
     /// flags
     #[arg(long, value_name = "KEY", env = "HONE_API_KEY", hide_env_values = true)]
     api_key: Option<String>,
+    /// Origin of web pages that may ask this server, such as https://chat.example.com; * allows all; may be repeated
+    #[arg(long, value_name = "ORIGIN", env = "HONE_ALLOWED_ORIGINS", value_delimiter = ',')]
+    allowed_origins: Vec<String>,
     /// Certificate chain (PEM), for HTTPS
     #[arg(long, value_name = "FILE", env = "HONE_TLS_CHAIN", requires = "tls_key")]
     tls_chain: Option<PathBuf>,
@@ -127,6 +130,13 @@ impl Serve {
             Some((name.to_owned(), strength))
         };
         let key = self.api_key.as_deref().map(key).transpose()?;
+        if let Some(text) = self.allowed_origins.iter().find(|text| !crate::server::is_origin(text)) {
+            return Err(wrong(
+                "allowed-origins",
+                text,
+                "SCHEME://HOST[:PORT], such as https://chat.example.com, or *",
+            ));
+        }
         let adapters = self.adapter.iter().map(|text| pair("adapter", text, "NAME=SOURCE"));
         let mut mixes = Vec::new();
         for text in &self.mix {
@@ -150,6 +160,7 @@ impl Serve {
                 listen: self.listen,
                 tls: self.tls_chain.zip(self.tls_key),
                 key,
+                origins: self.allowed_origins,
                 ..crate::server::Options::default()
             },
         })

@@ -64,7 +64,6 @@ pub struct Options {
 /// A loaded model that answers requests from a thread of its own.
 pub struct Engine {
     facts: request::Facts,
-    waiting_max: usize,
     decoder: Arc<Decoder>,
     shared: Arc<Shared>,
     worker: Option<JoinHandle<()>>,
@@ -150,6 +149,7 @@ impl Engine {
             context: context.min(cache.tokens()),
             vocabulary: decoder.facts.vocab,
             sequences: options.sequences.max(1),
+            waiting: options.waiting.max(1),
             cache_tokens: cache.tokens(),
             description,
         };
@@ -169,7 +169,7 @@ impl Engine {
         let _ = report;
         let thread = std::thread::Builder::new().name("generate".into()).spawn(move || worker.run());
         let thread = thread.map_err(|error| Fault::machine("start a thread", &error))?;
-        Ok(Engine { facts, waiting_max: options.waiting, decoder, shared, worker: Some(thread) })
+        Ok(Engine { facts, decoder, shared, worker: Some(thread) })
     }
 
     /// The adapters that a request names, in the order in which they were loaded.
@@ -243,7 +243,7 @@ impl request::Engine for Engine {
         let mix = self.mix(&state, &request)?;
         // A request that can start at once does not wait.
         let idle = self.facts.sequences.saturating_sub(state.counters.running);
-        if state.waiting.len() >= self.waiting_max.max(1).saturating_add(idle) {
+        if state.waiting.len() >= self.facts.waiting.saturating_add(idle) {
             return Err(Refusal::Full { waiting: state.waiting.len() });
         }
         let (sender, answer) = answer();

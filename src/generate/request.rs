@@ -182,6 +182,8 @@ pub struct Facts {
     pub vocabulary: usize,
     /// Most sequences that run at once.
     pub sequences: usize,
+    /// Most requests that wait beside those that run.
+    pub waiting: usize,
     /// Tokens whose keys and values fit, over all sequences.
     pub cache_tokens: usize,
     /// How the base is held and where: `NF4, scales quantised too, on NVIDIA H100`.

@@ -121,7 +121,12 @@ impl Stops {
     fn find(&self, stop: &str) -> Option<usize> {
         let start = self.free.saturating_sub(stop.len().saturating_sub(1));
         let start = (start..=self.held.len()).find(|&at| self.held.is_char_boundary(at))?;
-        self.held[start..].find(stop).map(|at| start + at)
+        let text = &self.held[start..];
+        // `find` looks at all of what it is to find first, and a stop string may be very long.
+        if text.len() < stop.len() {
+            return None;
+        }
+        text.find(stop).map(|at| start + at)
     }
 
     /// The text that was held back until the end.
@@ -184,6 +189,16 @@ mod tests {
         assert_eq!(stop(&["c", "b"], "abc").as_deref(), Some("b"));
         assert_eq!(stop(&["bc", "b"], "abc").as_deref(), Some("bc"));
         assert_eq!(stop(&["x"], "abc"), None);
+    }
+
+    /// Stop strings of megabytes cost a token no more than short ones.
+    #[test]
+    fn a_long_stop_string_delays_nobody() {
+        let mut stops = Stops::new(vec!["ab".repeat(2 << 20); 16]);
+        let begun = std::time::Instant::now();
+        let text: String = (0..2000).map(|_| stops.push("say aba").text).collect();
+        assert_eq!(text + &stops.finish(), "say aba".repeat(2000));
+        assert!(begun.elapsed().as_secs() < 20, "{:?}", begun.elapsed());
     }
 
     #[test]

@@ -60,6 +60,13 @@ impl Context {
         &self.ask.prompts[index / self.ask.n]
     }
 
+    /// The prompt's text before an answer: as it was given, or of its tokens.
+    fn echo(&self, index: usize) -> String {
+        let prompt = self.prompt(index);
+        let decoded = || self.model.tokenizer.decode(&prompt.ids, self.ask.skip_special);
+        prompt.text.clone().unwrap_or_else(decoded)
+    }
+
     fn head(&self, object: &str) -> Map<String, Value> {
         let head = json!({
             "id": self.id, "object": object, "created": self.created, "model": self.ask.model,
@@ -111,17 +118,23 @@ struct Legacy {
     token_logprobs: Vec<Option<f32>>,
     top_logprobs: Vec<Value>,
     text_offset: Vec<usize>,
+    /// Letters of the text before the next token.
     offset: usize,
+    /// The prompt as the text shows it, and its bytes before the next token.
+    prompt: String,
+    bytes: usize,
+    /// Whether control tokens are left out of the text.
+    skip_special: bool,
 }
 
 impl Legacy {
-    fn new(most: Option<usize>) -> Legacy {
-        Legacy { most: most.unwrap_or(0), ..Legacy::default() }
+    fn new(ask: &Ask) -> Legacy {
+        let most = ask.request.logprobs.unwrap_or(0);
+        Legacy { most, skip_special: ask.skip_special, ..Legacy::default() }
     }
 
     fn push(&mut self, model: &Model, token: u32, scored: Option<&Scored>) {
         let name = token_name(&model.tokenizer, token);
-        let length = String::from_utf8_lossy(&model.tokenizer.token_bytes(token)).chars().count();
         let mut top = Map::new();
         for (token, logprob) in scored.iter().flat_map(|scored| scored.top.iter().take(self.most)) {
             // Two tokens may have one text: the more probable comes first and stays.
@@ -134,16 +147,40 @@ impl Legacy {
         self.token_logprobs.push(scored.map(|scored| scored.logprob));
         self.top_logprobs.push(scored.map_or(Value::Null, |_| Value::Object(top)));
         self.text_offset.push(self.offset);
-        self.offset += length;
+        let bytes = model.tokenizer.token_bytes(token);
+        let shown = self.shown(&bytes, model.tokenizer.is_special(token));
+        self.bytes += shown.len();
+        // A letter whose bytes are several tokens counts where it begins.
+        self.offset += shown.iter().filter(|byte| **byte & 0xc0 != 0x80).count();
+    }
+
+    /// The bytes of the next token that stand in the text. The text of a prompt has no control tokens that the
+    /// tokenizer put around it, and no blank that it put before the first word.
+    fn shown<'a>(&self, bytes: &'a [u8], special: bool) -> &'a [u8] {
+        let prompt = self.prompt.as_bytes().get(self.bytes..).filter(|rest| !rest.is_empty());
+        match (prompt, special) {
+            (Some(rest), true) if !rest.starts_with(bytes) => &[],
+            (None, true) if self.skip_special => &[],
+            (Some(rest), false) if rest[0] != b' ' => bytes.strip_prefix(b" ").unwrap_or(bytes),
+            _ => bytes,
+        }
+    }
+
+    /// The tokens that follow are the answer's, behind the prompt's text.
+    fn prompt_ends(&mut self) {
+        if !self.prompt.is_empty() {
+            self.offset = self.prompt.chars().count();
+            self.prompt.clear();
+        }
     }
 
     /// The text that was pushed since the last call.
     fn take(&mut self) -> Value {
-        let next = Legacy { offset: self.offset, ..Legacy::new(Some(self.most)) };
-        let part = std::mem::replace(self, next);
         json!({
-            "tokens": part.tokens, "token_logprobs": part.token_logprobs,
-            "top_logprobs": part.top_logprobs, "text_offset": part.text_offset,
+            "tokens": std::mem::take(&mut self.tokens),
+            "token_logprobs": std::mem::take(&mut self.token_logprobs),
+            "top_logprobs": std::mem::take(&mut self.top_logprobs),
+            "text_offset": std::mem::take(&mut self.text_offset),
         })
     }
 }
@@ -176,12 +213,12 @@ async fn whole(context: &Context, index: usize, mut speaker: Speaker) -> Result<
                 break end;
             }
             Piece::Failed(error) => {
-                context.metrics.ended("error", &Usage::default(), &clock);
+                clock.ended("error", &Usage::default());
                 return Err(error);
             }
         }
     };
-    context.metrics.ended(end.reason, &end.usage, &clock);
+    clock.ended(end.reason, &end.usage);
     let choice = choice(context, index, said, &prompt_scores, &scores, &end);
     Ok(Whole { index, choice, usage: end.usage })
 }
@@ -209,12 +246,13 @@ fn choice(
         }
         choice["logprobs"] = ask.request.logprobs.map_or(Value::Null, |most| context.logprobs(scores, most));
     } else {
-        let mut legacy = Legacy::new(ask.request.logprobs);
+        let mut legacy = Legacy::new(ask);
         if ask.echo {
-            let decoded = || context.model.tokenizer.decode(&prompt.ids, ask.skip_special);
-            text.insert_str(0, &prompt.text.clone().unwrap_or_else(decoded));
+            legacy.prompt = context.echo(index);
+            text.insert_str(0, &legacy.prompt);
             legacy.push(&context.model, prompt.ids[0], None);
             prompt_scores.iter().for_each(|scored| legacy.push(&context.model, scored.token, Some(scored)));
+            legacy.prompt_ends();
         }
         scores.iter().for_each(|scored| legacy.push(&context.model, scored.token, Some(scored)));
         choice["text"] = text.into();
@@ -320,7 +358,7 @@ async fn parts(
     let ask = &context.ask;
     let chat = ask.form == Form::Chat;
     let mut clock = context.metrics.clock(context.begun);
-    let mut legacy = Legacy::new(ask.request.logprobs);
+    let mut legacy = Legacy::new(ask);
     let mut called = 0;
     let send = async |mut choice: Value, last: Option<&End>| {
         choice["index"] = index.into();
@@ -339,22 +377,17 @@ async fn parts(
         send(json!({"delta": {"role": "assistant", "content": ""}, "logprobs": null}), None).await?;
     }
     if ask.echo {
-        let prompt = context.prompt(index);
-        let decoded = || context.model.tokenizer.decode(&prompt.ids, ask.skip_special);
-        let text = prompt.text.clone().unwrap_or_else(decoded);
-        legacy.push(&context.model, prompt.ids[0], None);
+        legacy.prompt = context.echo(index);
+        legacy.push(&context.model, context.prompt(index).ids[0], None);
         if ask.request.prompt_logprobs.is_none() {
             legacy.take();
         }
-        send(json!({"text": text, "logprobs": null}), None).await?;
+        send(json!({"text": legacy.prompt, "logprobs": null}), None).await?;
     }
     loop {
         let piece = tokio::select! {
             piece = next(&mut speaker, &context.stop) => piece,
-            () = sender.closed() => {
-                context.metrics.ended("abort", &Usage::default(), &clock);
-                return None;
-            }
+            () = sender.closed() => return None,
         };
         let (said, tokens, end) = match piece {
             Piece::Started => {
@@ -368,7 +401,7 @@ async fn parts(
             Piece::Said(said, tokens) => (said, tokens, None),
             Piece::End(said, tokens, end) => (said, tokens, Some(end)),
             Piece::Failed(error) => {
-                context.metrics.ended("error", &Usage::default(), &clock);
+                clock.ended("error", &Usage::default());
                 let _ = sender.send(event(&error.body())).await;
                 return None;
             }
@@ -394,6 +427,7 @@ async fn parts(
             (None, _) => Value::Null,
             (Some(most), true) => context.logprobs(&tokens, most),
             (Some(_), false) => {
+                legacy.prompt_ends();
                 tokens.iter().for_each(|scored| legacy.push(&context.model, scored.token, Some(scored)));
                 legacy.take()
             }
@@ -402,7 +436,7 @@ async fn parts(
             choice["token_ids"] = tokens.iter().map(|scored| scored.token).collect();
         }
         if let Some(end) = &end {
-            context.metrics.ended(end.reason, &end.usage, &clock);
+            clock.ended(end.reason, &end.usage);
         }
         send(choice, end.as_ref()).await?;
         if let Some(end) = end {

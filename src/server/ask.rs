@@ -284,18 +284,29 @@ pub fn chat_text(fields: &Fields, model: &Model) -> Result<String> {
             "continue_final_message and add_generation_prompt exclude each other",
         ));
     }
-    let messages = messages.iter().enumerate().map(|(at, m)| message(at, m)).collect::<Result<Vec<_>>>()?;
+    let mut messages =
+        messages.iter().enumerate().map(|(at, m)| message(at, m)).collect::<Result<Vec<_>>>()?;
     let Some(last) = messages.last() else {
         return Err(Error::field("messages", "messages is empty; give at least one"));
     };
     let last = last["content"].as_str().unwrap_or_default().trim().to_owned();
-    context.insert("messages".into(), Value::Array(messages));
-    context.insert("add_generation_prompt".into(), begin.into());
+    if goes_on && last.is_empty() {
+        return Err(Error::field("continue_final_message", "the last message has no text to continue"));
+    }
     let chat = model.chat.as_ref().ok_or_else(|| {
         Error::bad(
             "The model has no chat template; use /v1/completions, or start the server with --set ModelConfig.chat_template=FILE",
         )
     })?;
+    if !chat.reads("tool_calls") {
+        // Such a template would write the content of a message that only calls tools as None.
+        messages
+            .iter_mut()
+            .filter(|message| message["content"].is_null())
+            .for_each(|message| message["content"] = json!(""));
+    }
+    context.insert("messages".into(), Value::Array(messages));
+    context.insert("add_generation_prompt".into(), begin.into());
     let mut text = chat.text(context).map_err(|problem| Error::field("messages", problem))?;
     if goes_on {
         let end = text.rfind(&last).map(|at| at + last.len()).ok_or_else(|| {
@@ -317,6 +328,10 @@ fn unread(fields: &Fields, model: &Model) -> Result<Vec<String>> {
     };
     let mut unread: Vec<String> =
         fields_of_it.filter(given).filter(|name| !chat.reads(name)).map(String::from).collect();
+    let calls = |message: &Value| message["tool_calls"].as_array().is_some_and(|calls| !calls.is_empty());
+    if !chat.reads("tool_calls") && fields.list("messages")?.into_iter().flatten().any(calls) {
+        unread.push("messages.tool_calls".into());
+    }
     for (name, _) in fields.object("chat_template_kwargs")?.into_iter().flatten() {
         let own = ["messages", "add_generation_prompt"].contains(&name.as_str());
         if own || !chat.reads(name) {
@@ -331,7 +346,11 @@ fn message(at: usize, message: &Value) -> Result<Value> {
     let place = format!("messages[{at}]");
     let wrong = |what: &str| Error::field(&place, format!("{place}: {what}"));
     let map = message.as_object().ok_or_else(|| wrong("expected an object with role and content"))?;
-    let role = map.get("role").and_then(Value::as_str).ok_or_else(|| wrong("role is missing"))?;
+    let role = match map.get("role").unwrap_or(&Value::Null) {
+        Value::String(role) => role.as_str(),
+        Value::Null => return Err(wrong("role is missing")),
+        _ => return Err(wrong("role must be a string")),
+    };
     let role = match role {
         "developer" => "system",
         "system" | "user" | "assistant" | "tool" => role,
@@ -342,13 +361,21 @@ fn message(at: usize, message: &Value) -> Result<Value> {
         }
     };
     let mut out = map.clone();
+    // Templates ask if a field is there, and an empty one is not.
+    out.retain(|name, value| !(value.is_null() || name == "tool_calls" && *value == json!([])));
+    if out.get("tool_calls").is_some_and(|calls| !calls.is_array()) {
+        return Err(wrong("tool_calls must be a list"));
+    }
     out.insert("role".into(), role.into());
     let content = match map.get("content").unwrap_or(&Value::Null) {
         Value::String(text) => Value::String(text.clone()),
-        Value::Null if role == "assistant" && map.contains_key("tool_calls") => Value::Null,
+        Value::Null if role == "assistant" && out.contains_key("tool_calls") => Value::Null,
         Value::Array(parts) => {
             let text = |part: &Value| {
-                (part["type"] == "text").then(|| part["text"].as_str().map(String::from)).flatten()
+                let kind = part["type"].as_str()?;
+                // What an assistant refused may be sent back as it came.
+                let known = kind == "text" || kind == "refusal" && role == "assistant";
+                known.then(|| part[kind].as_str().map(String::from)).flatten()
             };
             let texts: Option<Vec<String>> = parts.iter().map(text).collect();
             Value::String(texts.ok_or_else(|| wrong("only parts of type text are supported"))?.concat())
@@ -358,21 +385,30 @@ fn message(at: usize, message: &Value) -> Result<Value> {
     out.insert("content".into(), content);
     if let Some(Value::Array(calls)) = out.get_mut("tool_calls") {
         for (number, call) in calls.iter_mut().enumerate() {
-            let function = call.get_mut("function").and_then(Value::as_object_mut);
-            let function = function
-                .ok_or_else(|| wrong(&format!("tool_calls[{number}]: expected an object with a function")))?;
-            let Some(arguments) = function.get_mut("arguments") else { continue };
-            // Some clients send back a call without arguments as "".
-            let parsed = match arguments.as_str().map(str::trim) {
-                Some("") => Some(json!({})),
-                text => text.and_then(|text| serde_json::from_str::<Value>(text).ok()),
-            };
-            if let Some(parsed) = parsed {
-                *arguments = parsed;
-            }
+            let what = |problem: &str| wrong(&format!("tool_calls[{number}]: {problem}"));
+            parse_arguments(call).map_err(what)?;
         }
     }
     Ok(Value::Object(out))
+}
+
+/// Makes an object of the arguments of a call, which clients send as text.
+fn parse_arguments(call: &mut Value) -> std::result::Result<(), &'static str> {
+    let function = call.get_mut("function").and_then(Value::as_object_mut);
+    let function = function.ok_or("expected an object with a function")?;
+    if !function.get("name").is_some_and(Value::is_string) {
+        return Err("function.name is missing");
+    }
+    let Some(arguments) = function.get_mut("arguments") else { return Ok(()) };
+    // Some clients send back a call without arguments as "".
+    let parsed = match arguments.as_str().map(str::trim) {
+        Some("") => Some(json!({})),
+        text => text.and_then(|text| serde_json::from_str::<Value>(text).ok()),
+    };
+    if let Some(parsed) = parsed {
+        *arguments = parsed;
+    }
+    Ok(())
 }
 
 /// `POST /v1/completions`.
@@ -436,6 +472,7 @@ fn common(fields: &Fields, model: &Model, form: Form, prompts: Vec<Prompt>) -> R
         let all = prompts.len() * n;
         return Err(Error::field("n", format!("n: {all} choices of all prompts, limit {PROMPTS_MAX}")));
     }
+    holds(model, prompts.len() * n)?;
     fields.refuse("best_of", &[json!(1), json!(n)], "all choices are returned; use n")?;
     response_format(fields)?;
     let stream = fields.flag("stream")?.unwrap_or(false);
@@ -478,6 +515,22 @@ fn common(fields: &Fields, model: &Model, form: Form, prompts: Vec<Prompt>) -> R
         offer: None,
         ignored,
     })
+}
+
+/// Refuses more choices than run and wait at once: to come again later would not help.
+fn holds(model: &Model, choices: usize) -> Result<()> {
+    let facts = model.engine.facts();
+    let most = facts.sequences.saturating_add(facts.waiting);
+    match choices > most {
+        true => Err(Error::field(
+            "n",
+            format!(
+                "n: {choices} choices of all prompts, but this server holds {most} at once (--sequences and --waiting); \
+                 send them in several requests"
+            ),
+        )),
+        false => Ok(()),
+    }
 }
 
 /// Tokens before an answer may end.
@@ -568,6 +621,7 @@ pub fn strengths(fields: &Fields, model: &Model) -> Result<Option<Vec<Strength>>
     if list.len() > ADAPTERS_MAX {
         return Err(wrong(format!("found {}, limit {ADAPTERS_MAX}", list.len())));
     }
+    let loaded = model.engine.adapters();
     let mut found: Vec<Strength> = Vec::new();
     for entry in list {
         let map = entry.as_object().ok_or_else(|| wrong("expected objects with name and strength".into()))?;
@@ -581,8 +635,8 @@ pub fn strengths(fields: &Fields, model: &Model) -> Result<Option<Vec<Strength>>
         if found.iter().any(|other| other.name == name) {
             return Err(wrong(format!("`{name}` is listed twice")));
         }
-        if !model.engine.adapters().iter().any(|adapter| adapter.name == name) {
-            return Err(Error::unknown_model(name, &model.names()).of("adapters"));
+        if !loaded.iter().any(|adapter| adapter.name == name) {
+            return Err(Error::unknown_adapter(name, &loaded));
         }
         found.push(Strength { name: name.to_owned(), strength });
     }
@@ -704,9 +758,9 @@ pub fn kaito(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
     if given.flag("do_sample")? == Some(false) {
         open.insert("temperature".into(), json!(0));
     }
-    let ends = given.get("eos_token_id").map(|ids| if ids.is_array() { ids.clone() } else { json!([ids]) });
-    open.insert("stop_token_ids".into(), ends.clone().unwrap_or(Value::Null));
+    let ends = given.token_or_tokens("eos_token_id")?;
     open.insert("ignore_eos".into(), ends.is_some().into());
+    open.insert("stop_token_ids".into(), json!(ends));
     open.insert("adapters".into(), fields.get("adapters").cloned().unwrap_or(Value::Null));
     open.insert("model".into(), fields.get("model").cloned().unwrap_or(Value::Null));
     let mut ask = common(&Fields::new(&open, ""), model, Form::Kaito, vec![Prompt { ids, text: shown }])?;
@@ -719,4 +773,28 @@ pub fn kaito(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
     ask.ignored.extend(unused.map(|(name, _)| name.to_owned()));
     ask.ignored.extend(given.unknown(&GENERATE).into_iter().map(|name| format!("generate_kwargs.{name}")));
     Ok(ask)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Clients send back what they got with all fields that their library knows: templates must not find them.
+    #[test]
+    fn a_field_of_nothing_is_no_part_of_a_message() {
+        let plain = json!({"role": "assistant", "content": "x"});
+        let full = json!({"role": "assistant", "content": "x", "tool_calls": null, "function_call": null,
+            "refusal": null, "audio": null, "name": null});
+        assert_eq!(message(0, &full).unwrap(), plain);
+        let empty = json!({"role": "assistant", "content": "x", "tool_calls": []});
+        assert_eq!(message(0, &empty).unwrap(), plain);
+        let parts = json!([{"type": "text", "text": "x"}, {"type": "refusal", "refusal": "y"}]);
+        assert_eq!(message(0, &json!({"role": "assistant", "content": parts})).unwrap()["content"], "xy");
+        let call = json!({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{\"a\": 1}"}}]});
+        let read = message(0, &call).unwrap();
+        assert_eq!(
+            (&read["content"], &read["tool_calls"][0]["function"]["arguments"]),
+            (&Value::Null, &json!({"a": 1}))
+        );
+    }
 }

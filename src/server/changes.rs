@@ -50,13 +50,14 @@ pub fn load(fields: &Fields, model: &Model) -> Answer {
     }
     let loaded = model.engine.adapters().iter().any(|adapter| adapter.name == name);
     if model.names().iter().any(|taken| taken == name) && !(again && loaded) {
-        return Err(Error::field(
-            "lora_name",
-            format!("`{name}` exists; unload it, or say load_inplace: true"),
-        ));
+        let what = match loaded {
+            true => "exists; unload it, or say load_inplace: true",
+            false => "is the base or a mix; give the adapter another name",
+        };
+        return Err(Error::field("lora_name", format!("`{name}` {what}")));
     }
-    let brought = bring(path).map_err(|fault| Error::from(fault).of("lora_path"))?;
-    let adapter = model.load_adapter(name, brought)?;
+    let failed = |fault| Error::from(fault).of("lora_path");
+    let adapter = model.load_adapter(name, bring(path).map_err(failed)?).map_err(failed)?;
     let origin = model.named.origin(name);
     Ok(json_answer(&json!({
         "status": format!("Success: LoRA adapter '{name}' added successfully."),
@@ -69,8 +70,9 @@ pub fn load(fields: &Fields, model: &Model) -> Answer {
 pub fn unload(fields: &Fields, model: &Model) -> Answer {
     changeable(model)?;
     let name = fields.text("lora_name")?.ok_or_else(|| missing("lora_name"))?;
-    if !model.engine.adapters().iter().any(|adapter| adapter.name == name) {
-        return Err(Error::unknown_model(name, &model.names()).of("lora_name"));
+    let loaded = model.engine.adapters();
+    if !loaded.iter().any(|adapter| adapter.name == name) {
+        return Err(Error::unknown_adapter(name, &loaded).of("lora_name"));
     }
     let mixes = model.named.mixes();
     if let Some((mix, _)) = mixes.iter().find(|(_, parts)| parts.iter().any(|part| part.name == name)) {

@@ -21,6 +21,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, Sleep};
 use tokio_rustls::TlsAcceptor;
 
+use super::body::Received;
 use super::route::Service;
 use super::state::State;
 use crate::fault::{Fault, Result};
@@ -128,7 +129,7 @@ async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, service: Arc<Service
     let respond = service_fn(move |request| {
         let (service, phase) = (service.clone(), phase.clone());
         async move {
-            let mut response = service.respond(request).await;
+            let mut response = service.respond(Received::of(request)).await;
             if phase.ends() {
                 // The client's next request belongs to another server.
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));

@@ -4,7 +4,7 @@ use hyper::StatusCode;
 use serde_json::{Value, json};
 
 use crate::fault::{Fault, Kind};
-use crate::generate::Refusal;
+use crate::generate::{Adapter, Refusal};
 
 /// An answer that says why there is none.
 #[derive(Clone, Debug, PartialEq)]
@@ -92,6 +92,18 @@ impl Error {
     pub fn unknown_model(name: &str, known: &[String]) -> Error {
         let message = format!("The model `{name}` does not exist; there are: {}", known.join(", "));
         Error::new(StatusCode::NOT_FOUND, message).of("model").code("model_not_found")
+    }
+
+    /// No adapter of this name is loaded.
+    pub fn unknown_adapter(name: &str, loaded: &[Adapter]) -> Error {
+        let names: Vec<&str> = loaded.iter().map(|adapter| adapter.name.as_str()).collect();
+        let known = if names.is_empty() {
+            "none is loaded".into()
+        } else {
+            format!("there are: {}", names.join(", "))
+        };
+        let message = format!("The adapter `{name}` does not exist; {known}");
+        Error::new(StatusCode::NOT_FOUND, message).of("adapters").code("model_not_found")
     }
 
     /// 503: loading or ending.

@@ -83,6 +83,17 @@ impl<'a> Fields<'a> {
         list.iter().map(|value| token(value).ok_or_else(wrong)).collect::<Result<_>>().map(Some)
     }
 
+    /// One token id or a list of them.
+    pub fn token_or_tokens(&self, name: &str) -> Result<Option<Vec<u32>>> {
+        match self.get(name) {
+            Some(value) if !value.is_array() => {
+                let id = token(value).ok_or_else(|| self.wrong(name, "a token id or a list of them"))?;
+                Ok(Some(vec![id]))
+            }
+            _ => self.tokens(name),
+        }
+    }
+
     /// One string or a list of them.
     pub fn texts(&self, name: &str, most: usize) -> Result<Vec<String>> {
         let texts: Option<Vec<String>> = match self.get(name) {

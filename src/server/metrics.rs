@@ -61,9 +61,10 @@ const CHOICES: [f64; 5] = [1.0, 2.0, 5.0, 10.0, 20.0];
 #[derive(Debug, Default)]
 pub struct Metrics(Mutex<Numbers>);
 
-/// Times of one choice.
-#[derive(Clone, Debug)]
+/// Times of one choice. One that is dropped before its end was aborted.
 pub struct Clock {
+    metrics: Arc<Metrics>,
+    ended: bool,
     begun: Instant,
     started: Option<Instant>,
     first: Option<Instant>,
@@ -89,6 +90,14 @@ impl Drop for InUse {
     }
 }
 
+impl Drop for Clock {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.metrics.count("abort", &Usage::default(), self);
+        }
+    }
+}
+
 impl Clock {
     /// It left the queue.
     pub fn started(&mut self) {
@@ -104,12 +113,26 @@ impl Clock {
             self.tokens += count;
         }
     }
+
+    /// The choice ended.
+    pub fn ended(&mut self, reason: &'static str, usage: &Usage) {
+        self.ended = true;
+        self.metrics.count(reason, usage, self);
+    }
 }
 
 impl Metrics {
     /// The clock of a choice whose request came at `begun`.
-    pub fn clock(&self, begun: Instant) -> Clock {
-        Clock { begun, started: None, first: None, last: None, tokens: 0 }
+    pub fn clock(self: &Arc<Metrics>, begun: Instant) -> Clock {
+        Clock {
+            metrics: self.clone(),
+            ended: false,
+            begun,
+            started: None,
+            first: None,
+            last: None,
+            tokens: 0,
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Numbers> {
@@ -134,8 +157,7 @@ impl Metrics {
         self.lock().rejected += 1;
     }
 
-    /// A choice ended.
-    pub fn ended(&self, reason: &'static str, usage: &Usage, clock: &Clock) {
+    fn count(&self, reason: &'static str, usage: &Usage, clock: &Clock) {
         let mut numbers = self.lock();
         *numbers.finished.entry(reason).or_default() += 1;
         if let Some(first) = clock.first {

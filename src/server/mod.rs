@@ -4,10 +4,12 @@ pub mod error;
 pub mod model;
 mod answer;
 mod ask;
+mod body;
 mod changes;
 mod connection;
 mod fields;
 mod metrics;
+mod origins;
 mod reply;
 mod route;
 mod speak;
@@ -20,6 +22,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use model::Model;
+pub use origins::is_origin;
 pub use route::models;
 
 use crate::fault::{Fault, Result};
@@ -44,6 +47,8 @@ pub struct Options {
     pub tls: Option<(PathBuf, PathBuf)>,
     /// Never shown and never logged.
     pub key: Option<String>,
+    /// Origins whose web pages may ask; `*` is all of them. The server's own page always may.
+    pub origins: Vec<String>,
     /// LIMIT: bytes of a request's body.
     pub body_bytes_max: usize,
     /// LIMIT: connections that are open at once.
@@ -57,6 +62,7 @@ impl Default for Options {
             listen: SocketAddr::from(([127, 0, 0, 1], 8000)),
             tls: None,
             key: None,
+            origins: Vec::new(),
             body_bytes_max: 16 << 20,
             connections_max: 2048,
         }
@@ -95,7 +101,7 @@ impl Server {
             .build()
             .map_err(|error| Fault::machine("start the server's threads", &error))?;
         let state = State::default();
-        let service = Arc::new(Service::new(state.clone(), options.body_bytes_max, options.key.as_deref()));
+        let service = Arc::new(Service::new(state.clone(), options));
         let accepting = connection::accept(listener, tls, service, options.connections_max, state.clone());
         let accepting = Some(runtime.spawn(accepting));
         Ok(Server { address, state, runtime: Some(runtime), accepting })

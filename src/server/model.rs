@@ -189,7 +189,7 @@ impl Model {
     /// its beginning, with more tokens than the context holds.
     pub fn encode(&self, text: &str, specials: bool) -> Result<Vec<u32>> {
         let context = self.engine.facts().context;
-        self.tokenizer.encode_beginning(text, specials, context).map_err(Error::bad)
+        self.tokenizer.encode_beginning(text, specials, context).map_err(unusable)
     }
 
     /// All token ids of a text.
@@ -197,10 +197,15 @@ impl Model {
     /// # Errors
     /// They are more than `TOKENS_MAX`.
     pub fn tokens(&self, text: &str, specials: bool) -> Result<Vec<u32>> {
-        let ids = self.tokenizer.encode_beginning(text, specials, TOKENS_MAX).map_err(Error::bad)?;
+        let ids = self.tokenizer.encode_beginning(text, specials, TOKENS_MAX).map_err(unusable)?;
         match ids.len() > TOKENS_MAX {
             true => Err(Error::bad(format!("The text has more than {TOKENS_MAX} tokens; send it in parts"))),
             false => Ok(ids),
         }
     }
+}
+
+/// The tokenizer says about a text why it makes no tokens of it.
+fn unusable(problem: String) -> Error {
+    Error::bad(format!("The text cannot be used: {problem}"))
 }

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http_body_util::BodyExt;
-use hyper::body::{Body, Bytes, Incoming};
+use hyper::body::{Body, Bytes};
 use hyper::header::{
-    ALLOW, AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE,
+    ALLOW, AUTHORIZATION, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue,
+    RETRY_AFTER, WWW_AUTHENTICATE,
 };
 use hyper::{Method, Request, Response, StatusCode};
 use percent_encoding::percent_decode_str;
@@ -15,13 +16,16 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::Options;
 use super::answer::{self, Context};
 use super::ask::{self, Ask, Form};
+use super::body::Received;
 use super::changes;
 use super::error::{Error, Result};
 use super::fields::Fields;
 use super::metrics::Metrics;
 use super::model::Model;
+use super::origins::Origins;
 use super::reply::{Answer, Reply, json_answer, typed};
 use super::state::{Phase, State};
 use crate::dataset::{Chat, Tokenizer};
@@ -52,36 +56,42 @@ pub struct Service {
     reading: Arc<Semaphore>,
     /// Digest of the key: comparing digests takes the same time wherever they differ.
     key: Option<[u8; 32]>,
+    origins: Origins,
 }
 
 impl Service {
-    /// Answers clients that send `key`, if there is one; larger bodies are refused.
-    pub fn new(state: State, body_bytes_max: usize, key: Option<&str>) -> Service {
+    /// Answers clients that send the key, if there is one; larger bodies are refused.
+    pub fn new(state: State, options: &Options) -> Service {
         Service {
             state,
             metrics: Arc::default(),
-            body_bytes_max,
-            bodies: Arc::new(Semaphore::new(BODIES_BYTES_MAX.max(body_bytes_max))),
+            body_bytes_max: options.body_bytes_max,
+            bodies: Arc::new(Semaphore::new(BODIES_BYTES_MAX.max(options.body_bytes_max))),
             reading: Arc::new(Semaphore::new(READING_BYTES_MAX)),
-            key: key.map(digest),
+            key: options.key.as_deref().map(digest),
+            origins: Origins::new(&options.origins),
         }
     }
 
     /// Every request gets an answer.
-    pub async fn respond(&self, request: Request<Incoming>) -> Response<Reply> {
+    pub async fn respond(&self, request: Request<Received>) -> Response<Reply> {
         let kaito = request.uri().path() == "/chat";
-        match self.route(request).await {
-            Ok(response) => response,
-            Err(error) => {
-                if error.status == StatusCode::TOO_MANY_REQUESTS {
-                    self.metrics.rejected();
-                }
-                failed(&error, kaito)
+        let for_pages = self.origins.headers(request.headers());
+        let answer = match self.origins.preflight(&request) {
+            Some(response) => Ok(response),
+            None => self.route(request).await,
+        };
+        let mut response = answer.unwrap_or_else(|error| {
+            if error.status == StatusCode::TOO_MANY_REQUESTS {
+                self.metrics.rejected();
             }
-        }
+            failed(&error, kaito)
+        });
+        response.headers_mut().extend(for_pages);
+        response
     }
 
-    async fn route(&self, request: Request<Incoming>) -> Answer {
+    async fn route(&self, request: Request<Received>) -> Answer {
         let path = request.uri().path().to_owned();
         let (get, post, delete) = match *request.method() {
             Method::GET | Method::HEAD => (true, false, false),
@@ -100,6 +110,9 @@ impl Service {
             }
             _ => self.allowed(&request)?,
         }
+        if delete || post && CHANGES.contains(&path.as_str()) {
+            self.origins.may_change(&request)?;
+        }
         match path.as_str() {
             "/version" if get => Ok(json_answer(&json!({"version": env!("CARGO_PKG_VERSION")}))),
             "/v1/models" if get => Ok(json_answer(&models(&*self.serving()?))),
@@ -113,7 +126,7 @@ impl Service {
             "/v1/unload_lora_adapter" if post => {
                 self.with_body(request, &["lora_name", "lora_int_id"], changes::unload).await
             }
-            "/v1/mixes" if post => self.with_body(request, &[], changes::mix).await,
+            "/v1/mixes" if post => self.with_body(request, &["name", "adapters"], changes::mix).await,
             "/v1/mixes" if get => Ok(json_answer(&changes::mixes(&*self.serving()?))),
             other if delete && other.starts_with(MIX) => {
                 changes::remove_mix(&*self.serving()?, &decoded(&other[MIX.len()..]))
@@ -129,7 +142,7 @@ impl Service {
     }
 
     /// The key, if one is asked for.
-    fn allowed(&self, request: &Request<Incoming>) -> Result<()> {
+    fn allowed(&self, request: &Request<Received>) -> Result<()> {
         let Some(key) = self.key else { return Ok(()) };
         let given = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
         let given = given.and_then(|value| value.split_once(' '));
@@ -178,7 +191,7 @@ impl Service {
 
     async fn generate(
         &self,
-        request: Request<Incoming>,
+        request: Request<Received>,
         read: fn(&Map<String, Value>, &Model) -> Result<Ask>,
     ) -> Answer {
         let model = self.serving()?;
@@ -204,7 +217,7 @@ impl Service {
 
     async fn with_body(
         &self,
-        request: Request<Incoming>,
+        request: Request<Received>,
         known: &'static [&'static str],
         work: fn(&Fields, &Model) -> Answer,
     ) -> Answer {
@@ -222,7 +235,7 @@ impl Service {
     /// bodies and their values take in memory is bounded over all connections.
     async fn read<T: Send + 'static>(
         &self,
-        request: Request<Incoming>,
+        request: Request<Received>,
         work: impl FnOnce(&Map<String, Value>) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let (bytes, room) = self.body(request).await?;
@@ -245,7 +258,8 @@ impl Service {
 
     /// A body, and its room among all bodies, to be held as long as the body. Only bytes that came take room, so that
     /// clients that say much and send little keep nobody out.
-    async fn body(&self, request: Request<Incoming>) -> Result<(Bytes, OwnedSemaphorePermit)> {
+    async fn body(&self, request: Request<Received>) -> Result<(Bytes, OwnedSemaphorePermit)> {
+        plain(request.headers())?;
         let limit = self.body_bytes_max;
         let too_large =
             || Error::new(StatusCode::PAYLOAD_TOO_LARGE, format!("The body has more than {limit} bytes"));
@@ -308,6 +322,8 @@ const TOKENIZE: [&str; 13] = [
     "documents",
     "reasoning_effort",
 ];
+/// Routes whose POST changes what is served.
+const CHANGES: [&str; 3] = ["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/mixes"];
 const LOAD: [&str; 4] = ["lora_name", "lora_path", "load_inplace", "strength"];
 
 /// A name in an address: clients write `/` and other characters as `%2F`.
@@ -335,7 +351,25 @@ fn reading_bytes(body: &[u8]) -> u32 {
     (values * VALUE_BYTES + tokens * TOKEN_BYTES).min(READING_BYTES_MAX) as u32
 }
 
+/// Refuses a body that is compressed: it would look like broken JSON.
+fn plain(headers: &HeaderMap) -> Result<()> {
+    let codings = headers.get_all(CONTENT_ENCODING).into_iter();
+    let mut other = codings.filter(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"));
+    match other.next() {
+        None => Ok(()),
+        Some(coding) => {
+            let message = format!("The body has the content-encoding {coding:?}; send it without one");
+            Err(Error::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message))
+        }
+    }
+}
+
 fn object(bytes: &[u8]) -> Result<Map<String, Value>> {
+    // Some editors and shells begin a file with a byte order mark.
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
+    if bytes.is_empty() {
+        return Err(Error::bad("The body is empty; send a JSON object"));
+    }
     match serde_json::from_slice(bytes) {
         Ok(Value::Object(map)) => Ok(map),
         Ok(_) => Err(Error::bad("The body must be a JSON object")),

@@ -102,7 +102,8 @@ pub fn offer(fields: &Fields) -> Result<Option<Offer>> {
     let choice = match fields.get("tool_choice") {
         None => "auto",
         Some(Value::String(choice)) => choice.as_str(),
-        Some(_) => "a named function",
+        Some(choice) if choice["type"] == "function" => "a named function",
+        Some(_) => "this form",
     };
     if !matches!(choice, "auto" | "none") {
         let message = format!(

@@ -52,6 +52,19 @@ pub fn check(source: &str, annotated: &[String], served: &[String]) -> Result<Op
     }
 }
 
+/// Warns if the configuration of an adapter names another base. It is no refusal: a base has other names too, such as
+/// that of a copy that is quantised already.
+pub fn warning(source: &str, configured: &str, served: &[String]) -> Option<String> {
+    let another = compare(&[configured.to_owned()], served) == Verdict::Another;
+    another.then(|| {
+        format!(
+            "the adapter {source} names {configured} as its base, and the served base is {}: names and shapes of the \
+             tensors fit; if they are different models, answers will be wrong",
+            served.join(", ")
+        )
+    })
+}
+
 /// Returns whether a name is one of the hub's or KAITO's, and not only that of a folder.
 fn is_known(name: &str) -> bool {
     let plain = plain(name);
@@ -117,5 +130,17 @@ mod tests {
         assert_eq!(told(&["microsoft/phi-4"], &["/models/base"]), Verdict::Unknown);
         assert_eq!(told(&["base"], &["org/m"]), Verdict::Unknown);
         assert_eq!(told(&["microsoft/phi-4"], &["models/of/mine/base"]), Verdict::Unknown);
+    }
+
+    #[test]
+    fn a_configuration_that_names_another_base_is_told() {
+        let told = |configured: &str, served: &str| warning("./a", configured, &[served.to_owned()]);
+        let text = told("org/phi-4-bnb-4bit", "hf://microsoft/phi-4@main").expect("the names differ");
+        assert!(text.contains("org/phi-4-bnb-4bit") && text.contains("hf://microsoft/phi-4@main"), "{text}");
+        for (configured, served) in
+            [("microsoft/phi-4", "preset:phi-4"), ("/models/base", "org/m"), ("", "org/m"), ("org/m", "./x")]
+        {
+            assert_eq!(told(configured, served), None, "{configured} {served}");
+        }
     }
 }

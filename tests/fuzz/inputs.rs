@@ -695,6 +695,7 @@ fn serving() -> Server {
         context: 300,
         vocabulary: tokenizer.vocab_size(),
         sequences: 8,
+        waiting: 100_000,
         cache_tokens: 2400,
         description: "a script".into(),
     };
