@@ -1,6 +1,7 @@
 //! An adapter and prompts -> the base's answers and the tuned ones, side by side in a terminal: `hone try`.
 
 use serde_json::{Map, Value as Json, json};
+use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
 use crate::answers::{self, How, Pair, Question};
 use crate::dataset::{Chat, Tokenizer, encode_rows};
@@ -11,10 +12,12 @@ use crate::report::{Report, Stage};
 use crate::spec::{Environment, Request};
 use crate::tuned::{Named, Rows, Split, Tuned};
 
-/// Two columns need so many characters of a line.
+/// Two columns need a terminal that is so wide.
 const WIDE: usize = 100;
 /// Characters between the columns.
 const GAP: &str = " | ";
+/// A tab would have another width in each column.
+const TAB: &str = "    ";
 
 /// The request of `hone try`, apart from the job.
 #[derive(Clone, Debug, PartialEq)]
@@ -166,6 +169,7 @@ pub fn shown(pair: &Pair, columns: Option<usize>) -> String {
 
 /// Control characters could change the terminal.
 fn clean(text: &str) -> String {
+    let text = text.replace("\r\n", "\n").replace('\t', TAB);
     text.chars().map(|c| if c.is_control() && c != '\n' { '\u{fffd}' } else { c }).collect()
 }
 
@@ -173,31 +177,43 @@ fn indented(text: &str) -> String {
     clean(text).lines().map(|line| format!("  {line}")).collect::<Vec<_>>().join("\n")
 }
 
-/// Lines of at most `width` characters, broken between words where there are any.
+/// Lines of at most `width` columns of the terminal, broken between words if there are any. A letter of Chinese or
+/// an emoji takes two columns, an accent of its own none.
 fn wrapped(text: &str, width: usize) -> Vec<String> {
     let mut lines = Vec::new();
     for line in text.lines() {
         let mut current = String::new();
-        for word in line.split_inclusive(' ') {
-            let mut word: Vec<char> = word.chars().collect();
-            if !current.is_empty() && current.chars().count() + word.len() > width {
+        for mut word in line.split_inclusive(' ') {
+            if !current.is_empty() && current.width() + word.width() > width {
                 lines.push(std::mem::take(&mut current));
             }
-            while word.len() > width {
-                lines.push(word.drain(..width).collect());
+            while word.width() > width {
+                let (part, rest) = word.split_at(fitting(word, width));
+                lines.push(part.to_owned());
+                word = rest;
             }
-            current.extend(word);
+            current.push_str(word);
         }
         lines.push(current);
     }
     lines
 }
 
+/// Bytes of the longest beginning that fits into so many columns; at least one letter.
+fn fitting(word: &str, width: usize) -> usize {
+    let mut columns = 0;
+    let over = word.char_indices().find(|(at, letter)| {
+        columns += letter.width().unwrap_or(0);
+        *at > 0 && columns > width
+    });
+    over.map_or(word.len(), |(at, _)| at)
+}
+
 fn beside(left: &[String], right: &[String], width: usize) -> String {
     let empty = String::new();
     let line = |at: usize| {
         let (left, right) = (left.get(at).unwrap_or(&empty), right.get(at).unwrap_or(&empty));
-        let pad = width.saturating_sub(left.chars().count());
+        let pad = width.saturating_sub(left.width());
         format!("{left}{}{GAP}{right}", " ".repeat(pad)).trim_end().to_owned() + "\n"
     };
     (0..left.len().max(right.len())).map(line).collect()
@@ -255,5 +271,21 @@ mod tests {
     fn a_word_longer_than_a_line_is_broken() {
         assert_eq!(wrapped("abcdefgh ij", 3), ["abc", "def", "gh ", "ij"]);
         assert_eq!(wrapped("", 3), Vec::<String>::new());
+    }
+
+    #[test]
+    fn columns_are_those_of_a_terminal() {
+        assert_eq!(wrapped("時間 時間", 5), ["時間 ", "時間"]);
+        assert_eq!(wrapped("時間時間", 5), ["時間", "時間"]);
+        assert_eq!(wrapped("時", 1), ["時"]);
+        assert_eq!(wrapped("e\u{301}e\u{301}", 1), ["e\u{301}", "e\u{301}"]);
+        let line = |text: &str| [text.to_owned()];
+        assert_eq!(beside(&line("時間"), &line("x"), 6), "時間   | x\n");
+        assert_eq!(beside(&line("abcd"), &line("x"), 6), "abcd   | x\n");
+    }
+
+    #[test]
+    fn a_tab_is_blanks_and_a_line_may_end_as_on_windows() {
+        assert_eq!(indented("a\tb\r\nc\u{7}"), "  a    b\n  c\u{fffd}");
     }
 }
