@@ -35,7 +35,7 @@ fn a_runs_folder_is_enough() {
     let record = work.json("try/adapter/hone.json");
     assert!(record["asked"]["model"].as_str().unwrap().ends_with("try/model"), "{record}");
     let answers = work.json("try/adapter/answers.json");
-    assert_eq!(answers["pairs"].as_array().unwrap().len(), 2);
+    assert_eq!((answers["pairs"].as_array().unwrap().len(), &answers["held_out"]), (2, &true.into()));
     assert_ne!(answers["pairs"][0]["base"]["text"], answers["pairs"][0]["tuned"]["text"]);
 
     let found = json_of(&work.done(&["eval", "try/adapter", "--format", "json", "--generate", "2"]));
@@ -111,6 +111,20 @@ fn other_data_is_evaluated_whole_and_its_origin_told() {
     assert_eq!((&same["rows"]["split"], &same["rows"]["trained_on"]), (&"evaluation".into(), &"no".into()));
 }
 
+/// Without held-out rows, a run's answers are to rows that it learned: that is told.
+#[test]
+fn answers_to_rows_that_were_trained_on_say_so() {
+    let work = Work::new();
+    work.done(&["example", "try", "--write-only"]);
+    let arguments = ["run", "try/hone.yaml", "--answers", "2", "--log", "json", "--set"];
+    let told = work.done(&[&arguments[..], &["DatasetConfig.train_test_split=1.0"]].concat()).stderr;
+    let said = "no row is held out for evaluation: the answers will be to 2 rows that are trained on";
+    assert_eq!(told.matches(said).count(), 1, "{told}");
+    let answers = work.json("try/adapter/answers.json");
+    assert_eq!((answers["pairs"].as_array().unwrap().len(), &answers["held_out"]), (2, &false.into()));
+    assert!(work.text("try/adapter/report.html").contains("Prompts that were trained on"));
+}
+
 #[test]
 fn base_and_tuned_model_answer_side_by_side() {
     let work = trained();
@@ -150,6 +164,12 @@ fn a_merged_folder_is_complete_and_measured() {
     let told = work.done(&["merge", "try/adapter", "--to", "trained", "--onto", "trained"]);
     assert!(!told.stderr.contains("--onto trained merges"), "{}", told.stderr);
     refused(&work, 10, "holds", &["merge", "try/adapter", "--to", "merged"]);
+    // An empty folder that is there may be a volume, or a link to one.
+    std::fs::create_dir(work.path("volume")).unwrap();
+    std::os::unix::fs::symlink("volume", work.path("link")).unwrap();
+    work.done(&["merge", "try/adapter", "--to", "link", "--check-rows", "0"]);
+    assert_eq!(work.list("volume"), work.list("merged"));
+    assert_eq!(work.read("volume/model.safetensors"), work.read("merged/model.safetensors"));
 
     for kind in ["f16", "bf16", "q8_0", "f32"] {
         let to = format!("gguf-{kind}");
@@ -230,6 +250,12 @@ fn what_is_missing_or_wrong_is_told_with_its_code() {
     refused(&work, 2, "no number from -16 to 16", &["eval", "adapter:x"]);
     refused(&work, 2, "--adapter-only", &["merge", "adapter", "--to", "m", "--adapter-only"]);
     refused(&work, 2, "q8_0", &["merge", "adapter", "--to", "m", "--type", "q8_0"]);
+    refused(
+        &work,
+        10,
+        "each has the strength 0",
+        &["merge", "adapter:0", "--model", "model", "--to", "m", "--format", "gguf", "--adapter-only"],
+    );
     refused(&work, 2, "shard-size", &["merge", "adapter", "--to", "m", "--shard-size", "much"]);
     refused(&work, 2, "--to", &["merge", "adapter", "--model", "model"]);
     refused(
@@ -247,6 +273,13 @@ fn what_is_missing_or_wrong_is_told_with_its_code() {
         "other/config.json",
         &["merge", "adapter", "--model", "model", "--to", "other/config.json"],
     );
+    // A loss that is no number would be null in JSON, which a check for a limit may take for a good one.
+    let mut loud = work.json("adapter/adapter_config.json");
+    loud["lora_alpha"] = 1e38.into();
+    work.write("loud/adapter_config.json", loud.to_string());
+    work.write("loud/adapter_model.safetensors", work.read("adapter/adapter_model.safetensors"));
+    let arguments = ["--model", "model", "--data", "data.parquet", "--rows", "2", "--generate", "0"];
+    refused(&work, 12, "the loss of base and adapter is", &[&["eval", "loud"], &arguments[..]].concat());
     work.write("rows.jsonl", "{\"text\": 3}\n");
     refused(&work, 11, "rows.jsonl", &["eval", "adapter", "--model", "model", "--data", "rows.jsonl"]);
     assert!(work.list("m").is_empty() && !work.list(".").contains(&".m.partial".into()));
