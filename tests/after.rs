@@ -250,12 +250,6 @@ fn what_is_missing_or_wrong_is_told_with_its_code() {
     refused(&work, 2, "no number from -16 to 16", &["eval", "adapter:x"]);
     refused(&work, 2, "--adapter-only", &["merge", "adapter", "--to", "m", "--adapter-only"]);
     refused(&work, 2, "q8_0", &["merge", "adapter", "--to", "m", "--type", "q8_0"]);
-    refused(
-        &work,
-        10,
-        "each has the strength 0",
-        &["merge", "adapter:0", "--model", "model", "--to", "m", "--format", "gguf", "--adapter-only"],
-    );
     refused(&work, 2, "shard-size", &["merge", "adapter", "--to", "m", "--shard-size", "much"]);
     refused(&work, 2, "--to", &["merge", "adapter", "--model", "model"]);
     refused(

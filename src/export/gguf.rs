@@ -190,10 +190,6 @@ pub fn write_adapter(
             tensors.push((Tensor { name, shape, kind: Kind::plain(stored) }, values));
         }
     }
-    if tensors.is_empty() {
-        return Err(Fault::config("the adapters change no layer: each has the strength 0")
-            .help("give an adapter another strength, such as ./adapter:1"));
-    }
     let metadata = vec![
         ("general.architecture".to_owned(), Value::Text(architecture.name.into())),
         ("general.type".into(), Value::Text("adapter".into())),
