@@ -16,6 +16,8 @@ use crate::tuned::{Named, Rows, Split, Tuned};
 const WIDE: usize = 100;
 /// Characters between the columns.
 const GAP: &str = " | ";
+/// Before each line of a text.
+const INDENT: &str = "  ";
 /// A tab would have another width in each column.
 const TAB: &str = "    ";
 
@@ -146,9 +148,9 @@ impl Trial {
 pub fn shown(pair: &Pair, columns: Option<usize>) -> String {
     let question = &pair.question;
     let place = question.place.as_ref().map_or(String::new(), |place| format!(" ({place})"));
-    let mut text = format!("\nprompt{place}\n{}\n", indented(&question.shown));
+    let mut text = format!("\nprompt{place}\n{}\n", indented(&question.shown, columns));
     if let Some(reference) = &question.reference {
-        text += &format!("reference\n{}\n", indented(reference.trim()));
+        text += &format!("reference\n{}\n", indented(reference.trim(), columns));
     }
     let answer = |given: &answers::Given| {
         let end = if given.ended { "" } else { " ..." };
@@ -156,7 +158,7 @@ pub fn shown(pair: &Pair, columns: Option<usize>) -> String {
     };
     let (base, tuned) = (answer(&pair.base), answer(&pair.tuned));
     match columns.filter(|columns| *columns >= WIDE) {
-        None => text + &format!("base\n{}\ntuned\n{}\n", indented(&base), indented(&tuned)),
+        None => text + &format!("base\n{}\ntuned\n{}\n", indented(&base, columns), indented(&tuned, columns)),
         Some(columns) => {
             let width = (columns - GAP.len()) / 2;
             let heads = (vec!["base".to_owned()], vec!["tuned".to_owned()]);
@@ -173,8 +175,14 @@ fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() && c != '\n' { '\u{fffd}' } else { c }).collect()
 }
 
-fn indented(text: &str) -> String {
-    clean(text).lines().map(|line| format!("  {line}")).collect::<Vec<_>>().join("\n")
+/// Indented lines, which a terminal of so many columns need not break itself.
+fn indented(text: &str, columns: Option<usize>) -> String {
+    let text = clean(text);
+    let lines = match columns {
+        Some(columns) => wrapped(&text, columns.saturating_sub(INDENT.len())),
+        None => text.lines().map(str::to_owned).collect(),
+    };
+    lines.iter().map(|line| format!("{INDENT}{line}")).collect::<Vec<_>>().join("\n")
 }
 
 /// Lines of at most `width` columns of the terminal, broken between words if there are any. A letter of Chinese or
@@ -285,7 +293,16 @@ mod tests {
     }
 
     #[test]
+    fn a_narrow_terminal_breaks_no_word() {
+        let text = shown(&pair(), Some(40));
+        assert!(
+            text.contains("\n  I do not know what an order is, and so \n  I go on and on ...\n"),
+            "{text}"
+        );
+    }
+
+    #[test]
     fn a_tab_is_blanks_and_a_line_may_end_as_on_windows() {
-        assert_eq!(indented("a\tb\r\nc\u{7}"), "  a    b\n  c\u{fffd}");
+        assert_eq!(indented("a\tb\r\nc\u{7}", None), "  a    b\n  c\u{fffd}");
     }
 }
