@@ -296,7 +296,7 @@ mod tests {
     fn a_narrow_terminal_breaks_no_word() {
         let text = shown(&pair(), Some(40));
         assert!(
-            text.contains("\n  I do not know what an order is, and so \n  I go on and on ...\n"),
+            text.contains("\n  I do not know what an order is, and \n  so I go on and on ...\n"),
             "{text}"
         );
     }
