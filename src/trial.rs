@@ -53,7 +53,8 @@ pub struct Trial {
 /// Asks the base and the tuned model.
 ///
 /// # Errors
-/// As [`Tuned::find`] and [`Tuned::rows`]; Data: a prompt that has no token or does not fit the model.
+/// As [`Tuned::find`] and [`Tuned::rows`]; Config: a system message without a chat template. Data: a prompt that has
+/// no token or does not fit the model.
 pub fn run(request: &Request, options: &Options, environment: Environment, report: &Report) -> Result<Trial> {
     let tuned = Tuned::find(&options.adapters, request, environment, report)?;
     let device = device::open(tuned.plan.device, report)?;
@@ -71,6 +72,7 @@ pub fn run(request: &Request, options: &Options, environment: Environment, repor
         }
         None => {
             if chat.is_none() {
+                refuse_system(options)?;
                 report.note(
                     Stage::Tokenize,
                     "the model has no chat template: prompts are continued as they are",
@@ -94,6 +96,17 @@ pub fn run(request: &Request, options: &Options, environment: Environment, repor
     let engine = answers::engine(decoder, &folders, &questions, report)?;
     let pairs = answers::ask(&engine, questions, &strengths, &how, &tokenizer, report)?;
     Ok(Trial { tuned, rows, pairs })
+}
+
+/// Refuses a system message that would be left out.
+fn refuse_system(options: &Options) -> Result<()> {
+    match options.system {
+        None => Ok(()),
+        Some(_) => {
+            Err(Fault::config("--system: the model has no chat template, which would place the message")
+                .help("leave --system out, or write the text into the prompt"))
+        }
+    }
 }
 
 /// A prompt through the chat template, as the training wrote the turn of a user.

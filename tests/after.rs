@@ -252,6 +252,8 @@ fn what_is_missing_or_wrong_is_told_with_its_code() {
     refused(&work, 2, "q8_0", &["merge", "adapter", "--to", "m", "--type", "q8_0"]);
     refused(&work, 2, "shard-size", &["merge", "adapter", "--to", "m", "--shard-size", "much"]);
     refused(&work, 2, "--to", &["merge", "adapter", "--model", "model"]);
+    refused(&work, 2, "cannot be used with", &["try", "adapter", "--prompt", "Hi", "--rows", "2"]);
+    refused(&work, 2, "cannot be used with", &["try", "adapter", "--prompt", "Hi", "--split", "all"]);
     refused(
         &work,
         12,
@@ -267,6 +269,12 @@ fn what_is_missing_or_wrong_is_told_with_its_code() {
         "other/config.json",
         &["merge", "adapter", "--model", "model", "--to", "other/config.json"],
     );
+    work.copy("llama3/model", "plain");
+    let mut config = work.json("plain/tokenizer_config.json");
+    config.as_object_mut().unwrap().remove("chat_template");
+    work.write("plain/tokenizer_config.json", config.to_string());
+    let asked = ["try", "adapter", "--model", "plain", "--prompt", "Hi", "--system", "Be brief."];
+    refused(&work, 10, "--system: the model has no chat template", &asked);
     // A loss that is no number would be null in JSON, which a check for a limit may take for a good one.
     let mut loud = work.json("adapter/adapter_config.json");
     loud["lora_alpha"] = 1e38.into();
