@@ -111,6 +111,33 @@ fn other_data_is_evaluated_whole_and_its_origin_told() {
     assert_eq!((&same["rows"]["split"], &same["rows"]["trained_on"]), (&"evaluation".into(), &"no".into()));
 }
 
+/// Rows that are named to evaluate on take the place of the share that the run set aside.
+#[test]
+fn named_rows_to_evaluate_on_are_the_held_out_ones() {
+    let work = trained();
+    let line =
+        r#"{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}"#;
+    work.write("other.jsonl", format!("{line}\n{line}\n"));
+    let rows = |file: &str, more: &[&str]| {
+        let arguments =
+            ["eval", "try/adapter", "--generate", "0", "--format", "json", "--evaluation-data", file];
+        json_of(&work.done(&[&arguments[..], more].concat()))["rows"].clone()
+    };
+    let told = |rows: &Value| {
+        (
+            rows["used"].as_u64().unwrap(),
+            rows["split"].clone(),
+            rows["trained_on"].clone(),
+            rows["files"].clone(),
+        )
+    };
+    let others = (2, "evaluation".into(), "no".into(), serde_json::json!(["other.jsonl"]));
+    assert_eq!(told(&rows("other.jsonl", &[])), others);
+    assert_eq!(told(&rows("other.jsonl", &["--data", "try/data.parquet"])), others);
+    let own = told(&rows("try/data.parquet", &["--data", "other.jsonl"]));
+    assert_eq!((own.0, own.2), (200, "partly".into()));
+}
+
 /// Without held-out rows, a run's answers are to rows that it learned: that is told.
 #[test]
 fn answers_to_rows_that_were_trained_on_say_so() {
