@@ -245,9 +245,9 @@ fn refused(refusal: Refusal, question: &Question) -> Fault {
     }
 }
 
-/// The pairs of a run's end, as its folder keeps them.
-pub fn json(pairs: &[Pair]) -> Json {
-    json!({"pairs": pairs.iter().map(Pair::json).collect::<Vec<_>>()})
+/// The pairs of a run's end, as its folder keeps them; `held_out`: no row of them was trained on.
+pub fn json(pairs: &[Pair], held_out: bool) -> Json {
+    json!({"held_out": held_out, "pairs": pairs.iter().map(Pair::json).collect::<Vec<_>>()})
 }
 
 #[cfg(test)]

@@ -16,11 +16,11 @@ use crate::ranks::launch::Crew;
 use crate::ranks::place;
 use crate::registry::{ImageFacts, Target};
 use crate::report::{Report, Stage};
-use crate::spec::{self, Request, keys};
+use crate::spec::{self, Environment, Request, keys};
 use crate::workspace::{files, tune, yaml};
 use crate::{
     adapter, bench, controller, evaluate, example, fetch, inspect, interrupt, job, merge, plan, registry,
-    review, run_report, serving, source, trial,
+    review, run_report, serving, source, trial, whole,
 };
 
 /// Prints a line of a command's result.
@@ -57,8 +57,9 @@ pub fn run(command: &Command, report: &Report) -> Result<Option<Receipt>> {
             tell(*format, || preview.text(), || preview.json())?;
         }
         Command::Inspect { request, options, format, html } => {
+            html.as_deref().map(whole::may_be_written).transpose()?;
             let review = review::read(&resolve(request)?, options, report)?;
-            tell(*format, || review.text(std::io::stdout().is_terminal()), || review.json())?;
+            tell(*format, || review.text(colours(&environment)), || review.json())?;
             html.as_deref().map(|file| review.save(file)).transpose()?;
         }
         Command::Model { about, format } => model(about, *format, report)?,
@@ -190,6 +191,7 @@ fn model(about: &AboutModel, format: Format, report: &Report) -> Result<()> {
 }
 
 fn measure(options: &bench::Options, json: Option<&Path>, report: &Report) -> Result<()> {
+    json.map(whole::may_be_written).transpose()?;
     let mut options = options.clone();
     if let bench::Base::Folder(address) = &options.base {
         options.base = bench::Base::Folder(fetched(address, true, report)?);
@@ -253,8 +255,32 @@ fn pretty(json: &Json) -> String {
     serde_json::to_string_pretty(json).expect("texts and numbers")
 }
 
+/// Returns whether a text may have colours: a terminal shows it, and its user does not refuse them (no-color.org).
+fn colours(environment: Environment) -> bool {
+    std::io::stdout().is_terminal() && wants_colours(environment)
+}
+
+fn wants_colours(environment: Environment) -> bool {
+    environment("NO_COLOR").is_none_or(|value| value.is_empty())
+        && environment("TERM").is_none_or(|terminal| terminal != "dumb")
+}
+
 /// Characters of a line, if a terminal shows what is printed.
 fn columns() -> Option<usize> {
     let (width, _) = terminal_size::terminal_size_of(std::io::stdout())?;
     Some(usize::from(width.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn colours_can_be_refused() {
+        let with = |name: &'static str, value: &'static str| {
+            move |asked: &str| (asked == name).then(|| value.to_owned())
+        };
+        assert!(wants_colours(&with("TERM", "xterm")) && wants_colours(&with("NO_COLOR", "")));
+        assert!(!wants_colours(&with("TERM", "dumb")) && !wants_colours(&with("NO_COLOR", "1")));
+    }
 }

@@ -97,6 +97,9 @@ pub fn run(
 }
 
 /// Loss and accuracy over the examples' targets.
+///
+/// # Errors
+/// Data: no token to learn. Model: a loss that is no number.
 pub fn measure(
     decoder: &Decoder,
     sum: Option<&Sum>,
@@ -123,8 +126,15 @@ pub fn measure(
     match tokens {
         0 => Err(Fault::data("the rows have no token to learn: nothing can be measured")
             .help("name rows with answers")),
+        _ if !f64::is_finite(loss) => Err(not_a_number(loss, sum.is_some())),
         _ => Ok(Measures { loss: loss / tokens as f64, accuracy: hits as f64 / tokens as f64, tokens }),
     }
+}
+
+fn not_a_number(loss: f64, with_adapter: bool) -> Fault {
+    let of = if with_adapter { "base and adapter" } else { "the model alone" };
+    Fault::model(format!("the loss of {of} is {loss}: a layer's results are beyond the largest number"))
+        .help("the checkpoint or the adapter is damaged, or an adapter's scale or strength is too large")
 }
 
 /// `None` if no row has an answer apart from a prompt, as plain text.

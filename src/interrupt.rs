@@ -7,8 +7,9 @@
 
 use std::io::Read;
 use std::os::unix::net::UnixStream;
-use std::sync::OnceLock;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use crate::fault::{Fault, Kind, Result};
@@ -21,6 +22,8 @@ const PATIENCE: Duration = Duration::from_millis(1500);
 
 static REQUESTED: AtomicBool = AtomicBool::new(false);
 static STANDING: AtomicU8 = AtomicU8::new(Standing::Stay as u8);
+/// Folders of files that are of no use until all are there.
+static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
 /// The work that would be lost if the process ended now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,9 +51,7 @@ impl Standing {
                 )
                 .help("start it again: only the push is left"),
             ),
-            Standing::Looking => {
-                Some(Fault::new(Kind::InterruptedUnsaved, "stopped by a signal").help("start it again"))
-            }
+            Standing::Looking => Some(while_looking()),
         }
     }
 
@@ -79,6 +80,27 @@ impl Drop for Stands {
 /// Sets what would be lost from now on, until the returned guard is dropped.
 pub fn stands(standing: Standing) -> Stands {
     Stands(STANDING.swap(standing as u8, Ordering::SeqCst))
+}
+
+/// Guard of an unfinished folder: until it is dropped, the folder goes if a signal ends the process.
+#[must_use]
+#[derive(Debug)]
+pub struct Unfinished(PathBuf);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        all_unfinished().retain(|folder| *folder != self.0);
+    }
+}
+
+/// Names a folder that is of no use until it is finished.
+pub fn unfinished(folder: &Path) -> Unfinished {
+    all_unfinished().push(folder.to_owned());
+    Unfinished(folder.to_owned())
+}
+
+fn all_unfinished() -> MutexGuard<'static, Vec<PathBuf>> {
+    UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Starts listening for signals. Call this once, early in `main`.
@@ -115,6 +137,11 @@ fn end_where_nothing_is_lost(mut woken: UnixStream, words: &[Option<Word>; 4]) {
     std::thread::sleep(PATIENCE);
     loop {
         if let Some(word) = &words[usize::from(STANDING.load(Ordering::SeqCst))] {
+            // Nobody finishes a folder from here on: the lock is held until the process is gone.
+            let unfinished = all_unfinished();
+            for folder in unfinished.iter() {
+                let _ = std::fs::remove_dir_all(folder); // the next start removes what stays
+            }
             word.speak();
         }
         std::thread::sleep(LOOK_INTERVAL);
@@ -130,12 +157,23 @@ pub fn requested() -> bool {
 pub fn check() -> Result<()> {
     match requested() {
         false => Ok(()),
-        true => Err(before_training()),
+        true => Err(stopped()),
     }
 }
 
-/// The fault of a signal before training; nothing is lost but time.
-pub fn before_training() -> Fault {
+/// The fault of a signal where nothing is lost but time: before training, or in a command that trains nothing.
+pub fn stopped() -> Fault {
+    match STANDING.load(Ordering::SeqCst) == Standing::Looking as u8 {
+        true => while_looking(),
+        false => before_training(),
+    }
+}
+
+fn while_looking() -> Fault {
+    Fault::new(Kind::InterruptedUnsaved, "stopped by a signal").help("start it again")
+}
+
+fn before_training() -> Fault {
     Fault::new(Kind::InterruptedUnsaved, "stopped by a signal before training began")
         .help("start it again: downloaded files are kept")
 }
@@ -174,8 +212,22 @@ mod tests {
             assert_eq!(now(), Standing::BeforeTraining as u8);
         }
         assert_eq!(now(), before);
+        {
+            let _looks = stands(Standing::Looking);
+            assert_eq!(stopped().message, "stopped by a signal");
+        }
         for standing in Standing::ALL {
             assert_eq!(Standing::ALL[standing as usize], standing, "words are found by their number");
         }
+    }
+
+    #[test]
+    fn a_folder_is_unfinished_until_its_guard_is_dropped() {
+        let folder = Path::new("/a/folder/of/this/test");
+        let is_listed = || all_unfinished().iter().any(|listed| listed == folder);
+        let guard = unfinished(folder);
+        assert!(is_listed());
+        drop(guard);
+        assert!(!is_listed());
     }
 }

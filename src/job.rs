@@ -196,7 +196,7 @@ fn make(
     })?;
     report.fact("data rows", told::rows(&prepared));
     let dataset::Prepared { train: training, evaluation, .. } = prepared;
-    let asked = if folder.is_some() { held_out(plan, data)? } else { Vec::new() };
+    let asked = if folder.is_some() { to_answer(plan, data, report)? } else { Asked::default() };
     refuse_idle_schedule(plan, training.len())?;
     warn_of_length(&training, &described.facts, report);
     warn_of_idle_ranks(plan, together.place().world, report);
@@ -231,7 +231,7 @@ fn make(
     refuse_idle(&adapter, &trained, report)?;
     write(plan, &described.options, &decoder.facts, &adapter, data, &trained, folder)?;
     drop(adapter);
-    if !asked.is_empty() {
+    if !asked.rows.is_empty() {
         let whole = || alone(plan, decoder, &described.options, planned, device, report);
         answer_if_asked(plan, whole, &tokenizer, &asked, folder, report);
     }
@@ -284,7 +284,7 @@ fn answer_if_asked(
     plan: &Plan,
     whole: impl FnOnce() -> Result<Decoder>,
     tokenizer: &Tokenizer,
-    asked: &[dataset::Record],
+    asked: &Asked,
     folder: &RunFolder,
     report: &Report,
 ) {
@@ -402,14 +402,32 @@ fn scored(sources: &[(usize, String, Set)]) -> Vec<train::Source<'_>> {
         .collect()
 }
 
-/// The rows that base and tuned model answer at the end: the first of evaluation, or else of training.
-fn held_out(plan: &Plan, data: &[source::File]) -> Result<Vec<dataset::Record>> {
+/// The rows that base and tuned model answer at the end.
+#[derive(Default)]
+struct Asked {
+    rows: Vec<dataset::Record>,
+    held_out: bool,
+}
+
+/// The first rows of evaluation; those of training if there is none.
+fn to_answer(plan: &Plan, data: &[source::File], report: &Report) -> Result<Asked> {
     if plan.answers == 0 {
-        return Ok(Vec::new());
+        return Ok(Asked::default());
     }
     let dataset = dataset::read(data, &plan.dataset, &Report::silent())?;
-    let rows = if dataset.evaluation.is_empty() { dataset.train } else { dataset.evaluation };
-    Ok(rows.into_iter().take(plan.answers).collect())
+    let held_out = !dataset.evaluation.is_empty();
+    let rows = if held_out { dataset.evaluation } else { dataset.train };
+    let rows: Vec<_> = rows.into_iter().take(plan.answers).collect();
+    if !held_out {
+        let count = rows.len();
+        report.warn(
+            Stage::Plan,
+            format!(
+                "no row is held out for evaluation: the answers will be to {count} rows that are trained on"
+            ),
+        );
+    }
+    Ok(Asked { rows, held_out })
 }
 
 /// Writes what base and tuned model answer to rows, beside the adapter.
@@ -417,13 +435,13 @@ fn answer(
     plan: &Plan,
     decoder: Decoder,
     tokenizer: &Tokenizer,
-    records: &[dataset::Record],
+    asked: &Asked,
     folder: &RunFolder,
     report: &Report,
 ) -> Result<()> {
     let options = answers::token_options(&plan.tokens);
-    let encoded = dataset::encode_rows(records, tokenizer, &options, &Report::silent())?;
-    let mut questions = answers::of_rows(&encoded, records, tokenizer, None);
+    let encoded = dataset::encode_rows(&asked.rows, tokenizer, &options, &Report::silent())?;
+    let mut questions = answers::of_rows(&encoded, &asked.rows, tokenizer, None);
     questions
         .iter_mut()
         .for_each(|question| question.tokens_max = question.tokens_max.min(ANSWER_TOKENS_MAX));
@@ -432,7 +450,7 @@ fn answer(
     let how = answers::How { sampling: Sampling::greedy(), stop_tokens: defaults.stop_tokens };
     let engine = answers::engine(decoder, &[folder.path()], &questions, report)?;
     let pairs = answers::ask(&engine, questions, &[1.0], &how, tokenizer, report)?;
-    let text = serde_json::to_vec_pretty(&answers::json(&pairs)).expect("texts and numbers");
+    let text = serde_json::to_vec_pretty(&answers::json(&pairs, asked.held_out)).expect("texts and numbers");
     folder.write(run_folder::ANSWERS, &text)?;
     let place = folder.path().join(run_folder::ANSWERS);
     report.note(

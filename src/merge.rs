@@ -202,10 +202,10 @@ fn done(folder: Folder, comparison: Option<Comparison>) -> Result<Done> {
     let folder = folder.finish()?;
     let entries = std::fs::read_dir(&folder).map_err(|error| Fault::storage("read", &folder, &error))?;
     let file = |entry: std::fs::DirEntry| {
-        let bytes = entry.metadata().map_or(0, |data| data.len());
-        (entry.file_name().to_string_lossy().into_owned(), bytes)
+        let data = entry.metadata().ok().filter(std::fs::Metadata::is_file)?;
+        Some((entry.file_name().to_string_lossy().into_owned(), data.len()))
     };
-    let mut files: Vec<(String, u64)> = entries.flatten().map(file).collect();
+    let mut files: Vec<(String, u64)> = entries.flatten().filter_map(file).collect();
     files.sort();
     Ok(Done { folder, files, comparison })
 }

@@ -18,7 +18,7 @@ use crate::fetch;
 use crate::plan::Plan;
 use crate::report::{Event, Progress, Report, Sink, Stage};
 use crate::train::order::{self, Steps};
-use crate::words;
+use crate::{whole, words};
 
 pub use html::page;
 pub use twins::Twins;
@@ -258,9 +258,9 @@ impl Review {
     /// Writes the HTML page.
     ///
     /// # Errors
-    /// Storage: the file cannot be written.
+    /// Config: its folder is not there. Storage: the file cannot be written.
     pub fn save(&self, file: &Path) -> Result<()> {
-        std::fs::write(file, self.html()).map_err(|error| Fault::storage("write", file, &error))
+        whole::write_named(file, self.html().as_bytes())
     }
 
     /// (name, value) of each count, for text and HTML.

@@ -207,16 +207,17 @@ fn now() -> u64 {
 /// `report.html` of the one folder, or as `comparison.html` here. Returns where it stands.
 ///
 /// # Errors
-/// Usage: a folder that holds no results of a run. Storage: a file cannot be read, or the page not be written.
+/// Usage: a folder that holds no results of a run. Config: the folder of `to` is not there. Storage: a file cannot be read, or the page not be written.
 pub fn make(folders: &[PathBuf], to: Option<&Path>) -> Result<PathBuf> {
     let runs: Vec<page::Run> = folders.iter().map(|folder| read(folder)).collect::<Result<_>>()?;
     let (page, default) = match (runs.as_slice(), folders) {
         ([run], [folder]) => (page::html(run), folder.join(REPORT)),
         _ => (compare::html(&runs), PathBuf::from("comparison.html")),
     };
-    let place = to.map_or(default, Path::to_path_buf);
-    whole::write(&place, page.as_bytes())?;
-    Ok(place)
+    match to {
+        Some(place) => whole::write_named(place, page.as_bytes()).map(|()| place.to_owned()),
+        None => whole::write(&default, page.as_bytes()).map(|()| default),
+    }
 }
 
 fn read(folder: &Path) -> Result<page::Run> {

@@ -16,12 +16,14 @@ use candle_core::Device;
 
 use crate::adapter;
 use crate::dataset::{Chat, Tokenizer};
+use crate::device;
 use crate::endpoint::{self, Reply};
 use crate::fault::{Fault, Result};
 use crate::fetch;
 use crate::generate::Strength;
 use crate::generate::defaults::Defaults;
 use crate::generate::engine::{self, Engine};
+use crate::interrupt::{self, Standing};
 use crate::memory::Machine;
 use crate::memory::serving::Plan;
 use crate::model::load;
@@ -30,7 +32,6 @@ use crate::report::{Report, Stage};
 use crate::server::model::{Bring, Brought, Named, Origin};
 use crate::server::{self, Model, Server};
 use crate::words::size;
-use crate::{device, interrupt};
 use live::Live;
 use room::Size;
 
@@ -75,9 +76,11 @@ pub fn run(plan: &Serving, options: &Options, report: &Report) -> Result<()> {
     let scheme = if options.server.tls.is_some() { "https" } else { "http" };
     let address = server.address();
     report.note(Stage::Load, format!("listening on {scheme}://{address}; loading the model"));
+    let loads = interrupt::stands(Standing::Looking); // nobody has asked anything yet
     let model = Arc::new(model(plan, options, report)?);
     let live = options.adapters_file.as_deref();
     let live = live.map(|file| Live::start(file, model.clone(), bring(plan, report), report)).transpose()?;
+    drop(loads);
     server.ready(model.clone());
     live.map(Live::follow).transpose()?;
     let _status = options.status.map(|address| status(address, model.clone(), report)).transpose()?;

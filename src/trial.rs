@@ -1,6 +1,7 @@
 //! An adapter and prompts -> the base's answers and the tuned ones, side by side in a terminal: `hone try`.
 
 use serde_json::{Map, Value as Json, json};
+use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
 use crate::answers::{self, How, Pair, Question};
 use crate::dataset::{Chat, Tokenizer, encode_rows};
@@ -11,10 +12,14 @@ use crate::report::{Report, Stage};
 use crate::spec::{Environment, Request};
 use crate::tuned::{Named, Rows, Split, Tuned};
 
-/// Two columns need so many characters of a line.
+/// Two columns need a terminal that is so wide.
 const WIDE: usize = 100;
 /// Characters between the columns.
 const GAP: &str = " | ";
+/// Before each line of a text.
+const INDENT: &str = "  ";
+/// A tab would have another width in each column.
+const TAB: &str = "    ";
 
 /// The request of `hone try`, apart from the job.
 #[derive(Clone, Debug, PartialEq)]
@@ -48,7 +53,8 @@ pub struct Trial {
 /// Asks the base and the tuned model.
 ///
 /// # Errors
-/// As [`Tuned::find`] and [`Tuned::rows`]; Data: a prompt that has no token or does not fit the model.
+/// As [`Tuned::find`] and [`Tuned::rows`]; Config: a system message without a chat template. Data: a prompt that has
+/// no token or does not fit the model.
 pub fn run(request: &Request, options: &Options, environment: Environment, report: &Report) -> Result<Trial> {
     let tuned = Tuned::find(&options.adapters, request, environment, report)?;
     let device = device::open(tuned.plan.device, report)?;
@@ -66,6 +72,7 @@ pub fn run(request: &Request, options: &Options, environment: Environment, repor
         }
         None => {
             if chat.is_none() {
+                refuse_system(options)?;
                 report.note(
                     Stage::Tokenize,
                     "the model has no chat template: prompts are continued as they are",
@@ -89,6 +96,17 @@ pub fn run(request: &Request, options: &Options, environment: Environment, repor
     let engine = answers::engine(decoder, &folders, &questions, report)?;
     let pairs = answers::ask(&engine, questions, &strengths, &how, &tokenizer, report)?;
     Ok(Trial { tuned, rows, pairs })
+}
+
+/// Refuses a system message that would be left out.
+fn refuse_system(options: &Options) -> Result<()> {
+    match options.system {
+        None => Ok(()),
+        Some(_) => {
+            Err(Fault::config("--system: the model has no chat template, which would place the message")
+                .help("leave --system out, or write the text into the prompt"))
+        }
+    }
 }
 
 /// A prompt through the chat template, as the training wrote the turn of a user.
@@ -143,9 +161,9 @@ impl Trial {
 pub fn shown(pair: &Pair, columns: Option<usize>) -> String {
     let question = &pair.question;
     let place = question.place.as_ref().map_or(String::new(), |place| format!(" ({place})"));
-    let mut text = format!("\nprompt{place}\n{}\n", indented(&question.shown));
+    let mut text = format!("\nprompt{place}\n{}\n", indented(&question.shown, columns));
     if let Some(reference) = &question.reference {
-        text += &format!("reference\n{}\n", indented(reference.trim()));
+        text += &format!("reference\n{}\n", indented(reference.trim(), columns));
     }
     let answer = |given: &answers::Given| {
         let end = if given.ended { "" } else { " ..." };
@@ -153,7 +171,7 @@ pub fn shown(pair: &Pair, columns: Option<usize>) -> String {
     };
     let (base, tuned) = (answer(&pair.base), answer(&pair.tuned));
     match columns.filter(|columns| *columns >= WIDE) {
-        None => text + &format!("base\n{}\ntuned\n{}\n", indented(&base), indented(&tuned)),
+        None => text + &format!("base\n{}\ntuned\n{}\n", indented(&base, columns), indented(&tuned, columns)),
         Some(columns) => {
             let width = (columns - GAP.len()) / 2;
             let heads = (vec!["base".to_owned()], vec!["tuned".to_owned()]);
@@ -166,38 +184,57 @@ pub fn shown(pair: &Pair, columns: Option<usize>) -> String {
 
 /// Control characters could change the terminal.
 fn clean(text: &str) -> String {
+    let text = text.replace("\r\n", "\n").replace('\t', TAB);
     text.chars().map(|c| if c.is_control() && c != '\n' { '\u{fffd}' } else { c }).collect()
 }
 
-fn indented(text: &str) -> String {
-    clean(text).lines().map(|line| format!("  {line}")).collect::<Vec<_>>().join("\n")
+/// Indented lines, which a terminal of so many columns need not break itself.
+fn indented(text: &str, columns: Option<usize>) -> String {
+    let text = clean(text);
+    let lines = match columns {
+        Some(columns) => wrapped(&text, columns.saturating_sub(INDENT.len())),
+        None => text.lines().map(str::to_owned).collect(),
+    };
+    lines.iter().map(|line| format!("{INDENT}{line}")).collect::<Vec<_>>().join("\n")
 }
 
-/// Lines of at most `width` characters, broken between words where there are any.
+/// Lines of at most `width` columns of the terminal, broken between words if there are any. A letter of Chinese or
+/// an emoji takes two columns, an accent of its own none.
 fn wrapped(text: &str, width: usize) -> Vec<String> {
     let mut lines = Vec::new();
     for line in text.lines() {
         let mut current = String::new();
-        for word in line.split_inclusive(' ') {
-            let mut word: Vec<char> = word.chars().collect();
-            if !current.is_empty() && current.chars().count() + word.len() > width {
+        for mut word in line.split_inclusive(' ') {
+            if !current.is_empty() && current.width() + word.width() > width {
                 lines.push(std::mem::take(&mut current));
             }
-            while word.len() > width {
-                lines.push(word.drain(..width).collect());
+            while word.width() > width {
+                let (part, rest) = word.split_at(fitting(word, width));
+                lines.push(part.to_owned());
+                word = rest;
             }
-            current.extend(word);
+            current.push_str(word);
         }
         lines.push(current);
     }
     lines
 }
 
+/// Bytes of the longest beginning that fits into so many columns; at least one letter.
+fn fitting(word: &str, width: usize) -> usize {
+    let mut columns = 0;
+    let over = word.char_indices().find(|(at, letter)| {
+        columns += letter.width().unwrap_or(0);
+        *at > 0 && columns > width
+    });
+    over.map_or(word.len(), |(at, _)| at)
+}
+
 fn beside(left: &[String], right: &[String], width: usize) -> String {
     let empty = String::new();
     let line = |at: usize| {
         let (left, right) = (left.get(at).unwrap_or(&empty), right.get(at).unwrap_or(&empty));
-        let pad = width.saturating_sub(left.chars().count());
+        let pad = width.saturating_sub(left.width());
         format!("{left}{}{GAP}{right}", " ".repeat(pad)).trim_end().to_owned() + "\n"
     };
     (0..left.len().max(right.len())).map(line).collect()
@@ -255,5 +292,30 @@ mod tests {
     fn a_word_longer_than_a_line_is_broken() {
         assert_eq!(wrapped("abcdefgh ij", 3), ["abc", "def", "gh ", "ij"]);
         assert_eq!(wrapped("", 3), Vec::<String>::new());
+    }
+
+    #[test]
+    fn columns_are_those_of_a_terminal() {
+        assert_eq!(wrapped("時間 時間", 5), ["時間 ", "時間"]);
+        assert_eq!(wrapped("時間時間", 5), ["時間", "時間"]);
+        assert_eq!(wrapped("時", 1), ["時"]);
+        assert_eq!(wrapped("e\u{301}e\u{301}", 1), ["e\u{301}", "e\u{301}"]);
+        let line = |text: &str| [text.to_owned()];
+        assert_eq!(beside(&line("時間"), &line("x"), 6), "時間   | x\n");
+        assert_eq!(beside(&line("abcd"), &line("x"), 6), "abcd   | x\n");
+    }
+
+    #[test]
+    fn a_narrow_terminal_breaks_no_word() {
+        let text = shown(&pair(), Some(40));
+        assert!(
+            text.contains("\n  I do not know what an order is, and \n  so I go on and on ...\n"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_tab_is_blanks_and_a_line_may_end_as_on_windows() {
+        assert_eq!(indented("a\tb\r\nc\u{7}", None), "  a    b\n  c\u{fffd}");
     }
 }

@@ -190,9 +190,14 @@ impl Tuned {
         let mut spec = spec::gather(&request, environment)?;
         let is_remembered =
             |name| spec.get(Section::Hone, name).is_none_or(|given: &spec::Given| remembered(&given.origin));
-        // Rows to evaluate on that the run recorded belong to its own data.
-        if !is_remembered("data") && is_remembered("evaluation_data") {
-            request.remembered.retain(|setting| setting.key != "evaluation_data");
+        // Rows to evaluate on that the run recorded belong to its own data; so does the share that it set aside.
+        let outdated = match (is_remembered("data"), is_remembered("evaluation_data")) {
+            (false, true) => Some("evaluation_data"),
+            (_, false) => Some("DatasetConfig.train_test_split"),
+            (true, true) => None,
+        };
+        if let Some(outdated) = outdated {
+            request.remembered.retain(|setting| setting.key != outdated);
             spec = spec::gather(&request, environment)?;
         }
         let plan =
@@ -286,9 +291,16 @@ impl Tuned {
 
     /// Returns whether the command line names data, so that it is not the run's own.
     pub fn names_data(&self) -> bool {
-        [(Section::Hone, "data"), (Section::DatasetConfig, "dataset_path")].iter().any(|(section, name)| {
-            self.spec.get(*section, name).is_some_and(|given| !remembered(&given.origin))
-        })
+        self.names(Section::Hone, "data") || self.names(Section::DatasetConfig, "dataset_path")
+    }
+
+    /// Returns whether the command line names data to evaluate on.
+    fn names_evaluation(&self) -> bool {
+        self.names(Section::Hone, "evaluation_data")
+    }
+
+    fn names(&self, section: Section, key: &str) -> bool {
+        self.spec.get(section, key).is_some_and(|given| !remembered(&given.origin))
     }
 
     /// Rows of the data, at most `limit`, encoded as the training encodes them.
@@ -312,6 +324,7 @@ impl Tuned {
         if whole {
             (options.train_share, options.evaluation_from) = (1.0, None);
         }
+        let from = options.evaluation_from;
         let dataset = dataset::read(&files, &options, report)?;
         let (split, mut records) = match split {
             _ if whole => (Split::All, dataset.train),
@@ -325,7 +338,12 @@ impl Tuned {
         }
         let of = records.len();
         records.truncate(limit);
-        let trained = self.trained(split, same);
+        let files: Vec<source::File> =
+            files.into_iter().filter(|file| has_rows_of(file, split, from)).collect();
+        let trained = match split == Split::Evaluation && self.names_evaluation() {
+            true => self.trained_on_named(&files),
+            false => self.trained(split, same),
+        };
         let encoded = dataset::encode_rows(&records, tokenizer, &self.plan.tokens, report)?;
         let files = files.into_iter().map(|file| file.name).collect();
         Ok(Rows { records, encoded, files, split, of, trained })
@@ -361,9 +379,19 @@ impl Tuned {
     /// Returns whether the held-out part is used by default.
     fn holds_out(&self, same: Option<Trained>) -> bool {
         match same {
+            _ if self.names_evaluation() => true,
             Some(Trained::Yes) => true,
             Some(_) => !self.names_data(),
             None => self.spec.get(Section::DatasetConfig, "train_test_split").is_some(),
+        }
+    }
+
+    /// Whether the adapter was trained on rows of files that are named now to evaluate on.
+    fn trained_on_named(&self, files: &[source::File]) -> Trained {
+        match self.same(files) {
+            None => Trained::Unknown,
+            Some(Trained::No) => Trained::No,
+            Some(_) => Trained::Partly,
         }
     }
 
@@ -455,6 +483,15 @@ impl Rows {
             "used": self.records.len(), "of": self.of, "split": split, "files": self.files,
             "trained_on": self.trained.name(),
         })
+    }
+}
+
+/// Returns whether a part of the rows is of this file; entries from `evaluation_from` on are to evaluate on.
+fn has_rows_of(file: &source::File, split: Split, evaluation_from: Option<usize>) -> bool {
+    match (split, evaluation_from) {
+        (Split::Evaluation, Some(from)) => file.entry >= from,
+        (Split::Train, Some(from)) => file.entry < from,
+        _ => true,
     }
 }
 

@@ -31,6 +31,37 @@ pub fn fill(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -> Resu
     write().map_err(|error| Fault::storage("write", path, &error))
 }
 
+/// Writes `content` to a file that the user named. A link is followed; a device or a pipe gets the content.
+///
+/// # Errors
+/// As [`may_be_written`], and as [`write()`].
+pub fn write_named(path: &Path, content: &[u8]) -> Result<()> {
+    may_be_written(path)?;
+    let wrong = |error: io::Error| Fault::storage("write", path, &error);
+    match fs::metadata(path) {
+        Ok(data) if data.is_file() => write(&fs::canonicalize(path).map_err(wrong)?, content),
+        Ok(_) => fs::write(path, content).map_err(wrong),
+        Err(_) => write(path, content),
+    }
+}
+
+/// Checks the place of a file that the user named, for commands that write it after long work.
+///
+/// # Errors
+/// Config: the file's folder is not there.
+pub fn may_be_written(path: &Path) -> Result<()> {
+    let folder = folder_of(path);
+    match folder.is_dir() {
+        true => Ok(()),
+        false => Err(Fault::config(format!(
+            "cannot write {}: there is no folder {}",
+            path.display(),
+            folder.display()
+        ))
+        .help("create the folder, or name a file in a folder that is there")),
+    }
+}
+
 /// Makes renames in a folder last through a power loss. Some network file systems have no such call, and need none.
 pub fn sync_folder(folder: &Path) -> Result<()> {
     sync(folder).map_err(|error| Fault::storage("sync", folder, &error))
@@ -72,6 +103,7 @@ fn sync(folder: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fault::Kind;
 
     #[test]
     fn a_file_is_replaced_whole_and_readable_by_all() {
@@ -88,6 +120,22 @@ mod tests {
         assert!(failed.unwrap_err().message.contains("the disk is gone"));
         assert_eq!(fs::read(&path).unwrap(), b"new", "a failed write changes nothing");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nor leaves anything");
+    }
+
+    #[test]
+    fn a_file_that_the_user_named_is_written_where_it_leads() {
+        let folder = tempfile::tempdir().unwrap();
+        let (page, link) = (folder.path().join("page.html"), folder.path().join("link"));
+        write_named(&page, b"old").unwrap();
+        std::os::unix::fs::symlink(&page, &link).unwrap();
+        write_named(&link, b"new").unwrap();
+        assert_eq!(fs::read(&page).unwrap(), b"new");
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        write_named(Path::new("/dev/null"), b"x").unwrap();
+        assert!(!fs::metadata("/dev/null").unwrap().is_file());
+        assert_eq!(write_named(folder.path(), b"x").unwrap_err().kind, Kind::Config);
+        let fault = write_named(&folder.path().join("none/page.html"), b"x").unwrap_err();
+        assert!(fault.kind == Kind::Config && fault.message.contains("there is no folder"), "{fault}");
     }
 
     #[test]

@@ -35,7 +35,7 @@ fn a_runs_folder_is_enough() {
     let record = work.json("try/adapter/hone.json");
     assert!(record["asked"]["model"].as_str().unwrap().ends_with("try/model"), "{record}");
     let answers = work.json("try/adapter/answers.json");
-    assert_eq!(answers["pairs"].as_array().unwrap().len(), 2);
+    assert_eq!((answers["pairs"].as_array().unwrap().len(), &answers["held_out"]), (2, &true.into()));
     assert_ne!(answers["pairs"][0]["base"]["text"], answers["pairs"][0]["tuned"]["text"]);
 
     let found = json_of(&work.done(&["eval", "try/adapter", "--format", "json", "--generate", "2"]));
@@ -111,6 +111,47 @@ fn other_data_is_evaluated_whole_and_its_origin_told() {
     assert_eq!((&same["rows"]["split"], &same["rows"]["trained_on"]), (&"evaluation".into(), &"no".into()));
 }
 
+/// Rows that are named to evaluate on take the place of the share that the run set aside.
+#[test]
+fn named_rows_to_evaluate_on_are_the_held_out_ones() {
+    let work = trained();
+    let line =
+        r#"{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}"#;
+    work.write("other.jsonl", format!("{line}\n{line}\n"));
+    let rows = |file: &str, more: &[&str]| {
+        let arguments =
+            ["eval", "try/adapter", "--generate", "0", "--format", "json", "--evaluation-data", file];
+        json_of(&work.done(&[&arguments[..], more].concat()))["rows"].clone()
+    };
+    let told = |rows: &Value| {
+        (
+            rows["used"].as_u64().unwrap(),
+            rows["split"].clone(),
+            rows["trained_on"].clone(),
+            rows["files"].clone(),
+        )
+    };
+    let others = (2, "evaluation".into(), "no".into(), serde_json::json!(["other.jsonl"]));
+    assert_eq!(told(&rows("other.jsonl", &[])), others);
+    assert_eq!(told(&rows("other.jsonl", &["--data", "try/data.parquet"])), others);
+    let own = told(&rows("try/data.parquet", &["--data", "other.jsonl"]));
+    assert_eq!((own.0, own.2), (200, "partly".into()));
+}
+
+/// Without held-out rows, a run's answers are to rows that it learned: that is told.
+#[test]
+fn answers_to_rows_that_were_trained_on_say_so() {
+    let work = Work::new();
+    work.done(&["example", "try", "--write-only"]);
+    let arguments = ["run", "try/hone.yaml", "--answers", "2", "--log", "json", "--set"];
+    let told = work.done(&[&arguments[..], &["DatasetConfig.train_test_split=1.0"]].concat()).stderr;
+    let said = "no row is held out for evaluation: the answers will be to 2 rows that are trained on";
+    assert_eq!(told.matches(said).count(), 1, "{told}");
+    let answers = work.json("try/adapter/answers.json");
+    assert_eq!((answers["pairs"].as_array().unwrap().len(), &answers["held_out"]), (2, &false.into()));
+    assert!(work.text("try/adapter/report.html").contains("Prompts that were trained on"));
+}
+
 #[test]
 fn base_and_tuned_model_answer_side_by_side() {
     let work = trained();
@@ -150,6 +191,12 @@ fn a_merged_folder_is_complete_and_measured() {
     let told = work.done(&["merge", "try/adapter", "--to", "trained", "--onto", "trained"]);
     assert!(!told.stderr.contains("--onto trained merges"), "{}", told.stderr);
     refused(&work, 10, "holds", &["merge", "try/adapter", "--to", "merged"]);
+    // An empty folder that is there may be a volume, or a link to one.
+    std::fs::create_dir(work.path("volume")).unwrap();
+    std::os::unix::fs::symlink("volume", work.path("link")).unwrap();
+    work.done(&["merge", "try/adapter", "--to", "link", "--check-rows", "0"]);
+    assert_eq!(work.list("volume"), work.list("merged"));
+    assert_eq!(work.read("volume/model.safetensors"), work.read("merged/model.safetensors"));
 
     for kind in ["f16", "bf16", "q8_0", "f32"] {
         let to = format!("gguf-{kind}");
@@ -232,6 +279,8 @@ fn what_is_missing_or_wrong_is_told_with_its_code() {
     refused(&work, 2, "q8_0", &["merge", "adapter", "--to", "m", "--type", "q8_0"]);
     refused(&work, 2, "shard-size", &["merge", "adapter", "--to", "m", "--shard-size", "much"]);
     refused(&work, 2, "--to", &["merge", "adapter", "--model", "model"]);
+    refused(&work, 2, "cannot be used with", &["try", "adapter", "--prompt", "Hi", "--rows", "2"]);
+    refused(&work, 2, "cannot be used with", &["try", "adapter", "--prompt", "Hi", "--split", "all"]);
     refused(
         &work,
         12,
@@ -247,6 +296,19 @@ fn what_is_missing_or_wrong_is_told_with_its_code() {
         "other/config.json",
         &["merge", "adapter", "--model", "model", "--to", "other/config.json"],
     );
+    work.copy("llama3/model", "plain");
+    let mut config = work.json("plain/tokenizer_config.json");
+    config.as_object_mut().unwrap().remove("chat_template");
+    work.write("plain/tokenizer_config.json", config.to_string());
+    let asked = ["try", "adapter", "--model", "plain", "--prompt", "Hi", "--system", "Be brief."];
+    refused(&work, 10, "--system: the model has no chat template", &asked);
+    // A loss that is no number would be null in JSON, which a check for a limit may take for a good one.
+    let mut loud = work.json("adapter/adapter_config.json");
+    loud["lora_alpha"] = 1e38.into();
+    work.write("loud/adapter_config.json", loud.to_string());
+    work.write("loud/adapter_model.safetensors", work.read("adapter/adapter_model.safetensors"));
+    let arguments = ["--model", "model", "--data", "data.parquet", "--rows", "2", "--generate", "0"];
+    refused(&work, 12, "the loss of base and adapter is", &[&["eval", "loud"], &arguments[..]].concat());
     work.write("rows.jsonl", "{\"text\": 3}\n");
     refused(&work, 11, "rows.jsonl", &["eval", "adapter", "--model", "model", "--data", "rows.jsonl"]);
     assert!(work.list("m").is_empty() && !work.list(".").contains(&".m.partial".into()));

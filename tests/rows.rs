@@ -440,6 +440,14 @@ fn data_is_seen_as_it_will_be_trained() {
     let page = work.text("page.html");
     assert!(page.contains("<span class=\"l s\">&lt;|end|&gt;</span>") && !page.contains("<script"), "{page}");
     assert!(!page.contains("http://") && !page.contains("https://"), "nothing comes from elsewhere");
+    let words: Vec<&str> = INSPECT.split(' ').chain(["--html", "none/page.html"]).collect();
+    let ended = work.run(&words);
+    assert_eq!((ended.code, ended.stdout.as_str()), (Some(10), ""), "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("cannot write none/page.html: there is no folder none"),
+        "{}",
+        ended.stderr
+    );
     let json: serde_json::Value = serde_json::from_str(&inspect("--format json")).unwrap();
     assert_eq!((&json["tokens"]["learned"], &json["rows"]["train"]), (&14.into(), &2.into()));
     assert_eq!(json["samples"].as_array().unwrap().len(), 2);

@@ -107,6 +107,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("tokenizers", &["dataset"]),
     ("tokio", &["controller", "endpoint", "generate", "interrupt", "registry", "server", "source"]),
     ("unicode_normalization", &["dataset"]),
+    ("unicode_width", &["trial"]),
     ("zstd", &["dataset"]),
 ];
 

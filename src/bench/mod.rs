@@ -24,6 +24,7 @@ use crate::model::{self, load};
 use crate::ranks::Alone;
 use crate::report::Report;
 use crate::train::{self, Data, Every, Passes};
+use crate::whole;
 use crate::words::{self, size};
 use rates::Measured;
 
@@ -293,10 +294,10 @@ impl Outcome {
     /// Writes the result as JSON.
     ///
     /// # Errors
-    /// Storage: the file cannot be written.
+    /// Config: its folder is not there. Storage: the file cannot be written.
     pub fn save(&self, file: &Path) -> Result<()> {
         let text = serde_json::to_string_pretty(&self.json()).expect("texts and numbers");
-        std::fs::write(file, text + "\n").map_err(|error| Fault::storage("write", file, &error))
+        whole::write_named(file, (text + "\n").as_bytes())
     }
 
     /// The result as JSON.

@@ -110,10 +110,17 @@ pub(super) struct Try {
     #[arg(long, value_name = "TEXT", env = "HONE_SYSTEM", requires = "prompt")]
     system: Option<String>,
     /// Part of the rows to use [default: the held-out rows of the run's own data, or all rows of other data]
-    #[arg(long, value_enum, value_name = "PART", env = "HONE_SPLIT")]
+    #[arg(long, value_enum, value_name = "PART", env = "HONE_SPLIT", conflicts_with = "prompt")]
     split: Option<Part>,
     /// Number of rows to ask if there is no prompt
-    #[arg(long, value_name = "ROWS", default_value = "3", env = "HONE_ROWS", value_parser = positive)]
+    #[arg(
+        long,
+        value_name = "ROWS",
+        default_value = "3",
+        env = "HONE_ROWS",
+        value_parser = positive,
+        conflicts_with = "prompt"
+    )]
     rows: usize,
     /// Largest number of tokens in an answer
     #[arg(long, value_name = "TOKENS", default_value = "128", env = "HONE_MAX_TOKENS", value_parser = positive)]

@@ -433,7 +433,7 @@ impl Work<'_> {
             let path = whole.folder.join(name);
             match content.is_at(&path, interrupt::requested) {
                 Ok(true) => {}
-                _ if interrupt::requested() => return Err(interrupt::before_training()),
+                _ if interrupt::requested() => return Err(interrupt::stopped()),
                 Ok(false) => return Ok(Kept::Damaged),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Kept::Damaged),
                 Err(error) => return Err(Fault::storage("read", &path, &error)),

@@ -945,7 +945,7 @@ mod tests {
         let all = ranks(2, "signal", LIMITS, |link| {
             let ended = match rank(link) {
                 0 => link.exchange(b"x").map(drop),
-                _ => Err(interrupt::before_training()),
+                _ => Err(interrupt::stopped()),
             };
             link.leave(ended).unwrap_err()
         });

@@ -566,7 +566,7 @@ mod tests {
             assert_eq!((fault.kind, fault.message.as_str()), (Kind::Data, "rank 1 of 2: no rows"));
         });
         assert_eq!(of_rank("rank 1", Fault::network("x")).kind, Kind::Device);
-        assert_eq!(of_rank("rank 1", interrupt::before_training()).kind, Kind::InterruptedUnsaved);
+        assert_eq!(of_rank("rank 1", interrupt::stopped()).kind, Kind::InterruptedUnsaved);
     }
 
     #[test]

@@ -122,7 +122,7 @@ impl Registry<'_> {
     /// Completes the file at `path`, which may hold the beginning of the part. If it fails, the bytes received stay.
     pub(super) fn complete(&mut self, part: &Part, path: &Path) -> Result<()> {
         let work = self.remote.complete(part, path);
-        self.runtime.block_on(interrupt::or_stopped(work, interrupt::before_training))
+        self.runtime.block_on(interrupt::or_stopped(work, interrupt::stopped))
     }
 }
 

@@ -32,7 +32,7 @@ pub struct Run {
     /// `hone.json`
     record: Json,
     adapter: Json,
-    /// The answers of base and tuned model to held-out rows.
+    /// The answers of base and tuned model to the same rows.
     answers: Json,
     /// `metrics.jsonl`
     metrics: Measured,
@@ -323,7 +323,7 @@ fn evaluation(run: &Run) -> String {
     html + &prompts(run)
 }
 
-/// Answers of the base and of the tuned model to the same held-out prompts, if the run made them.
+/// Answers of the base and of the tuned model to the same prompts, if the run made them.
 fn prompts(run: &Run) -> String {
     let Some(list) = run.answers["pairs"].as_array() else { return String::new() };
     let cell = |value: &Json| {
@@ -332,7 +332,12 @@ fn prompts(run: &Run) -> String {
     };
     let row = |one: &Json| vec![cell(&one["prompt"]), cell(&one["base"]), cell(&one["tuned"])];
     let rows: Vec<Vec<String>> = list.iter().map(row).collect();
-    format!("<h3>Held-out prompts</h3>\n{}", table(&["prompt", "base", "tuned"], &rows))
+    // A run of an older hone does not record it; its rows were held out if there were any.
+    let title = match run.answers["held_out"].as_bool() {
+        Some(false) => "Prompts that were trained on",
+        _ => "Held-out prompts",
+    };
+    format!("<h3>{title}</h3>\n{}", table(&["prompt", "base", "tuned"], &rows))
 }
 
 fn warnings(run: &Run) -> String {

@@ -169,6 +169,8 @@ fn results_of_older_versions_have_a_page_that_says_what_is_missing() {
     let empty = tempfile::tempdir().unwrap();
     let fault = make(&[empty.path().to_owned()], None).unwrap_err();
     assert_eq!(fault.kind, Kind::Usage);
+    let nowhere = empty.path().join("none/page.html");
+    assert_eq!(make(&[folder.path().to_owned()], Some(&nowhere)).unwrap_err().kind, Kind::Config);
 }
 
 /// Numbers at the ends of their types, values of other types, and files that are something else.

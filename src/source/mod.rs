@@ -128,7 +128,7 @@ fn on_network<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
         .enable_all()
         .build()
         .map_err(|error| Fault::machine("start the network runtime", &error))?;
-    let done = runtime.block_on(interrupt::or_stopped(work, interrupt::before_training));
+    let done = runtime.block_on(interrupt::or_stopped(work, interrupt::stopped));
     // A name lookup that hangs in the C library must not keep the process alive.
     runtime.shutdown_background();
     done

@@ -37,7 +37,7 @@ pub fn evaluate<'a>(
     report: &Report,
 ) -> Result<Scores> {
     let scores = evaluate_together(&Alone, decoder, lora, examples, batch_examples, rows_max, report)?;
-    scores.ok_or_else(interrupt::before_training)
+    scores.ok_or_else(interrupt::stopped)
 }
 
 /// As `evaluate`, with the examples dealt to the ranks. Every rank gets the same scores, whose bits do not depend on

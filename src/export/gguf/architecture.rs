@@ -141,6 +141,7 @@ impl Architecture {
         if let Some(what) = rope_refused(rope) {
             return refused(what);
         }
+        self.warnings.extend(rope_differs(facts));
         let has_bias = |path: &str| facts.layers[0].projections().any(|p| p.bias && p.path.contains(path));
         let bias_known = match self.name {
             "llama" | "phi2" | "granite" | "smollm3" => true,
@@ -367,6 +368,17 @@ fn rope_refused(rope: &Rope) -> Option<String> {
     }
 }
 
+/// llama.cpp takes the long factors if its whole context (`-c`) is longer than `positions`, even for a short prompt.
+fn rope_differs(facts: &Facts) -> Option<String> {
+    match &facts.ropes[0].scaling {
+        Scaling::Long { positions, .. } if facts.positions_max > *positions => Some(format!(
+            "llama.cpp chooses longrope's factors by the size of its context, this model by the length of a text: run \
+             it with a context of at most {positions} tokens (-c), or texts up to this length differ"
+        )),
+        _ => None,
+    }
+}
+
 fn rope_keys(rope: &Rope) -> Vec<(&'static str, Value)> {
     let kind = |name: &str| ("rope.scaling.type", Value::Text(name.into()));
     let positions = |count: &usize| ("rope.scaling.original_context_length", Value::U32(*count as u32));
@@ -449,5 +461,13 @@ mod tests {
             let fault = Architecture::of(&facts(name)).unwrap_err();
             assert!(fault.message.contains(said), "{name}: {fault}");
         }
+    }
+
+    #[test]
+    fn factors_that_llama_cpp_chooses_otherwise_are_told() {
+        let warnings = |name: &str| Architecture::of(&facts(name)).unwrap().warnings;
+        let told = warnings("phi3_longrope");
+        assert!(told.iter().any(|told| told.contains("a context of at most 72 tokens")), "{told:?}");
+        assert_eq!(warnings("llama3"), Vec::<String>::new());
     }
 }
