@@ -12,8 +12,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// cards and Ada) too: CUDA promises that within a major version. The list is in ascending order.
 const ARCHITECTURES: &str = "80,90,100,120";
 
-/// Kernels have two forms, since from this architecture on they wait for the kernels before them
-/// (`wait_for_earlier_kernels` in kernels/common.cuh). The PTX of the last form is part of the binary for what comes.
+/// The first architecture whose kernels wait for the kernels before them (`wait_for_earlier_kernels` in
+/// kernels/common.cuh). Kernels are compiled in two forms for this reason. The binary also holds the PTX of the second
+/// form, for later architectures.
 const WAITS_FROM: u32 = 90;
 
 /// The end of the names of files for Hopper alone.
@@ -54,7 +55,8 @@ fn main() {
     std::fs::write(out.join("fatbins.rs"), list).expect("cargo's output folder is writable");
 }
 
-/// Digest of everything that decides which tokens a row becomes: the modules that read and encode, and crate versions.
+/// Returns the digest of everything that decides which tokens a row becomes: the modules that read and encode, and
+/// crate versions.
 fn digest_of_data_code() -> u64 {
     let mut hasher = DefaultHasher::new();
     for path in ["src/dataset", "src/bounds.rs", "src/words.rs", "Cargo.lock"] {

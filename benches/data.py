@@ -67,7 +67,8 @@ def sentence_piece(texts, specials, path):
     octets = [f"<0x{octet:02X}>" for octet in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=32_000, special_tokens=["<unk>", *octets, *specials], show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    # Words were for the training; what is saved sees a text as a whole, as the converted tokenizers of the hub do.
+    # Words were only for the training. The saved tokenizer sees a text as a whole, as the converted tokenizers of the
+    # hub do.
     made = json.loads(tokenizer.to_str())
     mark = "\u2581"
     made["normalizer"] = {"type": "Sequence", "normalizers": [

@@ -47,7 +47,7 @@ fn main() {
     );
 }
 
-/// CPU time of this process and its threads, to a hundredth of a second.
+/// Returns the CPU time of this process and its threads, to a hundredth of a second.
 fn cpu_seconds() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/stat").expect("Linux");
     let fields: Vec<&str> = stat.rsplit(')').next().expect("a name in brackets").split_whitespace().collect();
@@ -66,7 +66,7 @@ fn prepared(file: &source::File, tokenizer: &Tokenizer, tokens_max: usize, cache
         .expect("every row can be used")
 }
 
-/// Seconds to lay out every batch of an epoch, in the trainer's order and packing.
+/// Returns the seconds to lay out every batch of an epoch, in the trainer's order and packing.
 fn epoch(prepared: &Prepared) -> f64 {
     let began = Instant::now();
     let options = train::Options {

@@ -78,7 +78,7 @@ fn name((what, m, n, k): (What, usize, usize, usize)) -> String {
     format!("{what} {m} x {n} x {k}")
 }
 
-/// GFLOP/s in f32, in bf16, and of the `gemm` crate in f32 (with the same values in a dense weight).
+/// Returns the GFLOP/s in f32, in bf16, and of the `gemm` crate in f32 (with the same values in a dense weight).
 fn measure((what, m, n, k): (What, usize, usize, usize)) -> [f64; 3] {
     let numbers =
         |count: usize| (0..count).map(|i| (i * 7919 % 1021) as f32 / 1021.0 - 0.5).collect::<Vec<_>>();

@@ -106,7 +106,7 @@ fn main() {
     );
 }
 
-/// The kernel's own count of the largest resident set.
+/// Returns the kernel's own count of the largest resident set.
 fn peak_rss_mb() -> f64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap_or("0 kB");

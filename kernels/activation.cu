@@ -1,6 +1,6 @@
-// The activation of the feed-forward, gated or not, one block per row. The twin of src/ops/activation.rs.
-// The kernels `..._rounded` write each row in 8 bits too, as a pass over what they store would (kernels/rounded.cuh);
-// their widths are multiples of eight.
+// The activation of the feed-forward, gated or not, one block per row. The twin of src/ops/activation.rs. The kernels
+// `..._rounded` write each row in 8 bits too, with the bits of a separate pass over the stored values
+// (kernels/rounded.cuh); their widths are multiples of eight.
 #include "activation.cuh"
 #include "rounded.cuh"
 

@@ -1,7 +1,7 @@
 // One AdamW update with 8-bit moments, clipped by a norm that stays on the device. The twin of src/ops/adamw_8bit.rs.
 //
-// A block of the table has at most 256 values, one for each thread: where they begin, how many there are, where their
-// state begins, and what they are (1: f32 moments, 2: the faster rate).
+// A block has at most 256 values, one for each thread. Its entry in the table is the index of the first value, the
+// number of values, the index of their state, and flags (1: f32 moments, 2: the faster rate).
 #include "common.cuh"
 
 #define BLOCK 256
@@ -30,7 +30,7 @@ __device__ __forceinline__ float clipping(const double* squares, float norm_max)
     return norm_max > 0.f ? (float)fmin(1., (double)norm_max / (sqrt(*squares) + 1e-6)) : 1.f;
 }
 
-// Rounds the block's moments; every thread brings one, threads without a value bring 0.
+// Rounds the block's moments. Every thread passes one; threads without a value pass 0.
 __device__ __forceinline__ void round_to(const Map& map, float value, bool there, uint8_t* code, float* scale) {
     const float largest = block_max(fabsf(value));
     const float scaled = fminf(fmaxf(value * (1.f / fmaxf(largest, 1e-38f)), -1.f), 1.f);

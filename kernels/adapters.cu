@@ -2,8 +2,8 @@
 // with adapters and strengths of its own; the twin of src/ops/adapters.rs.
 //
 // `shrink` makes x A^T of all items and of up to three layers that read the same x; `norm` and `activated` make x, too.
-// A product of few rows adds the rest where it writes y (matmul.cu). Behind another product, `expand` adds what a row's
-// items make of it, in their order, and rounds once. Nothing depends on other rows.
+// A product of few rows adds the rest where it writes y (matmul.cu). After another product, `expand` adds the sum of a
+// row's items, in their order, and rounds once. A row's result does not depend on other rows.
 #include "activation.cuh"
 #include "adapters.cuh"
 
@@ -102,8 +102,8 @@ template <> struct Stored<bf16> {
 };
 
 // A block makes RANKS values of each of `members` items, at most GROUP, that lie together in the list and have one
-// table: low [part, item, rank_max]. What a thread reads of A for STEPS of its sums is asked for at once, since nothing
-// else hides how long memory takes. The order of a sum depends on k alone.
+// table: low [part, item, rank_max]. A thread loads the values of A for STEPS of its sums at once, since nothing else
+// hides the latency of memory. The order of a sum depends on k alone.
 template <typename T, int RANKS, int STEPS, int GROUP, typename Source>
 __device__ __forceinline__ void shrink(const Source& input, const uint32_t* items, int item, int members, const Pair& pair,
                                        float* low, int k, int rank_max) {
@@ -179,8 +179,8 @@ __device__ __forceinline__ void shrink(const Source& input, const uint32_t* item
     low[(uint64_t)(item + m) * rank_max + rank] = sum;
 }
 
-// Each GROUP items in the order of the list are blockIdx.y. Items that follow each other with one adapter share what is
-// read of A.
+// blockIdx.y counts groups of GROUP items in the order of the list. Neighbouring items of one adapter share the values
+// that are read of A.
 template <typename T, int RANKS, int STEPS, int GROUP>
 __device__ __forceinline__ void shrink_all(const T* x, const uint32_t* items, float* low, int k, int rank_max, int count,
                                            SITES_PARAMETERS) {
@@ -198,14 +198,14 @@ __device__ __forceinline__ void shrink_all(const T* x, const uint32_t* items, fl
     }
 }
 
-// The same of an input that is not there yet, an item for each blockIdx.y. Blocks beyond the items write the input to
-// out [rows, k], a row each.
+// The same for an input that is computed here, with an item for each blockIdx.y. Blocks beyond the items write the
+// input to out [rows, k], a row each.
 template <int RANKS, int STEPS, typename Source>
 __device__ __forceinline__ void make_and_shrink(Source x, bf16* out, int rows, const uint32_t* items, float* low, int k,
                                                 int rank_max, int count, SITES_PARAMETERS) {
     if ((int)blockIdx.y < count) {
         const Item item(items + 4 * (uint64_t)blockIdx.y);
-        if (item.table == nullptr) return;  // it fills the list up
+        if (item.table == nullptr) return;  // it is padding of the list
         const Pair pair(item.table, PICK(site));
         if ((int)blockIdx.x * RANKS >= pair.rank) return;
         low += (uint64_t)blockIdx.z * count * rank_max;

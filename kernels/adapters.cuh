@@ -1,5 +1,5 @@
-// Adapters on the rows of a step: what a kernel reads of them, and what a product of few rows adds to its output.
-// src/ops/adapters.rs writes the lists.
+// Adapters on the rows of a step: the lists that kernels read, and the sum that a product of few rows adds to its
+// output. src/ops/adapters.rs writes the lists.
 //
 // An item is an adapter on a row. `low` [part, item, rank_max] is x A^T of all items, for up to three layers that read
 // the same x. A row's entry in `rows` is (row, its first item, how many); its items lie together, in their order.
@@ -59,7 +59,7 @@ __device__ __forceinline__ void read_ahead(const void* address) {
 #endif
 }
 
-// For a product of few rows without adapters: it adds nothing to its output.
+// The part of a product of few rows without adapters: it adds nothing to the output.
 struct Nothing {
     __device__ __forceinline__ void find(int, int, int) const {}
     __device__ __forceinline__ float onto(float value, int, int) const { return value; }
@@ -100,7 +100,7 @@ struct Added {
         firsts[threadIdx.x] = first;
     }
 
-    // The product's value with what the row's items add, in their order.
+    // The product's value plus the sums of the row's items, in their order.
     __device__ __forceinline__ float onto(float value, int row, int column) const {
         const First first = firsts[row];
         if (first.items == 0) return value;
@@ -114,7 +114,8 @@ struct Added {
             const float sum = through_b(from, b + (uint64_t)column * pair.rank, pair.rank);
             total = __fmaf_rn(item.strength * pair.scale * factor, sum, total);
         }
-        // A zero is left out as an adapter without a pair is, whose row may take another kernel: -0 stays what it is.
+        // A sum of zero is not added, so that -0 stays -0. A row whose adapter has no pair gets the same bits, and may
+        // take another kernel.
         return total == 0.f ? value : __fadd_rn(value, total);
     }
 };

@@ -1,5 +1,5 @@
-// Causal attention on Hopper (sm_90a): what attention.cu computes, for bf16 heads of 64, 96, 128 and, forward, 256
-// columns without a soft cap, by products of warpgroups. src/ops/attention/hopper.rs launches them.
+// Causal attention on Hopper (sm_90a) by products of warpgroups. It computes the same as attention.cu, for bf16 heads
+// of 64, 96 and 128 columns (256 in the forward pass) without a soft cap. src/ops/attention/hopper.rs launches them.
 //
 // A block has two warpgroups, of 64 rows each, and a third that gives its registers to them: one of its warps starts
 // copies. Boxes of qkv and d_out come by TMA into stages; two barriers of a stage say that it is full and that it is
@@ -20,7 +20,7 @@ constexpr int OWN_ROWS = 64;          // rows of a warpgroup
 constexpr int ROWS = GROUPS * OWN_ROWS;
 constexpr int STAGES = 2;
 constexpr int THREADS = 128 * (GROUPS + 1);
-// Registers of a thread that copies and of one that computes: of 64 Ki, as three warpgroups share them.
+// Registers of a thread that copies and of one that computes: three warpgroups share 64 Ki registers.
 constexpr int COPYING = 24, COMPUTING = 240;
 
 // The layout of a tile of ROWS rows in shared memory.
@@ -383,7 +383,7 @@ __device__ __forceinline__ void backward_key(const TensorMap& rows, const Tensor
     typedef Box<WIDTH, QUERIES> Query;
     SHARED_DYN(unsigned char, unaligned);
     SHARED_ARRAY(uint64_t, barriers, 1 + 2 * STAGES);
-    // For the rows of each stage: logsumexps as exponents of two, then deltas.
+    // The rows' statistics of each stage: logsumexps as exponents of two, then deltas.
     SHARED_ARRAY(float, statistics, STAGES * 2 * QUERIES);
     unsigned char *const key_tiles = aligned_to_panels(unaligned), *const value_tiles = key_tiles + GROUPS * OWN_BYTES<WIDTH>;
     unsigned char *const query_tiles = value_tiles + GROUPS * OWN_BYTES<WIDTH>, *const d_tiles = query_tiles + STAGES * Query::BYTES;

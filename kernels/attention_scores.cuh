@@ -11,7 +11,7 @@ struct Span {
     int from, to, first;
     __device__ __forceinline__ explicit Span(const uint32_t* tiles)
         : from(tiles[3 * blockIdx.y]), to(tiles[3 * blockIdx.y + 1]), first(tiles[3 * blockIdx.y + 2]) {}
-    // Whether it only fills a list up.
+    // Whether the tile is padding of a list.
     __device__ __forceinline__ bool is_empty() const { return first >= to; }
 };
 

@@ -5,10 +5,10 @@
 // 16-byte pieces apart, and the eight rows that one ldmatrix (or float4 load) addresses lie in eight different bank
 // groups. Columns beyond a head's width and rows beyond its example are zeros, which add nothing to a product.
 //
-// A warp owns BANDS bands of 16 rows of the left operand and of the result. What it loads of the right operand
-// serves all of them. Results lie as the D of mma_m16n8k16: of column block j a lane holds [g][2t, 2t+1] and
-// [g+8][the same], with g = lane / 4 and t = lane % 4. bf16 uses the tensor cores; f32 uses the same layout with
-// plain multiply-adds, so that both types share every line above these functions.
+// A warp owns BANDS bands of 16 rows of the left operand and of the result. The values that it loads of the right
+// operand serve all of them. Results lie as the D of mma_m16n8k16: of column block j a lane holds [g][2t, 2t+1] and
+// [g+8][the same], with g = lane / 4 and t = lane % 4. bf16 uses the tensor cores; f32 uses the same layout with plain
+// multiply-adds, so that both types share every line above these functions.
 #pragma once
 #include "common.cuh"
 #include "prim.cuh"

@@ -1,11 +1,11 @@
 // Attention of new rows over keys and values in pages, as serving has it; the twin of src/ops/attention/cached.rs.
 //
-// A page holds 32 tokens of one sequence: [page][key head][token][width]. The page numbers of all sequences lie
-// one behind the other in `pages`. A row that generates is read by `decode`: a block takes one piece of the row's
-// keys and the query heads of one key head, so that a key and a value are read once for all of them. Keys of a
-// long row are in several pieces; `combine` adds their results in the order of positions. How a row is cut depends
-// on its own position alone, and no sum spans two sequences: a row's bits are the same whatever else runs. Many
-// rows of one sequence are `gather`ed into the layout of training's attention instead (attention.cu).
+// A page holds 32 tokens of one sequence: [page][key head][token][width]. The page numbers of all sequences lie one
+// behind the other in `pages`. A row that generates is read by `decode`: a block takes one piece of the row's keys and
+// the query heads of one key head, so that a key and a value are read once for all of them. Keys of a long row are in
+// several pieces; `combine` adds their results in the order of positions. The cut of a row depends on its own position
+// alone, and no sum spans two sequences. So a row's bits do not depend on the other rows of the step. Many rows of one
+// sequence are `gather`ed into the layout of training's attention instead (attention.cu).
 #include "attention_shape.cuh"
 #include "eight_bits.cuh"
 
@@ -135,7 +135,7 @@ struct Piece {
 template <typename T, typename C, int WIDTH, int GROUP>
 __device__ __forceinline__ void decode(const T* qkv, const C* keys, const C* values, T* out, float* partials,
                                        const uint32_t* pieces, const uint32_t* pages, const Shape shape) {
-    if (pieces[6 * blockIdx.y + 4] == 0) return;  // it fills the list up; the whole block leaves
+    if (pieces[6 * blockIdx.y + 4] == 0) return;  // padding of the list; the whole block leaves
     constexpr int LANES = WIDTH == 32 ? 4 : WIDTH == 64 ? 8 : WIDTH <= 128 ? 16 : 32;
     constexpr int SIDE = 32 / LANES, AHEAD = 4, STEP = SIDE * AHEAD;
     SHARED_ARRAY(float, scores, GROUP * PIECE_KEYS);
@@ -197,7 +197,7 @@ __device__ __forceinline__ void decode(const T* qkv, const C* keys, const C* val
         float top = -INFINITY, sum = 0.f;
         for (int i = lane; i < length; i += 32) top = fmaxf(top, row[i]);
         top = warp_max(top);
-        // A piece of which the row sees nothing has no largest score to measure against.
+        // If the row sees no key of the piece, there is no largest score to subtract.
         const float base = top == -INFINITY ? 0.f : top * exponent;
         for (int i = lane; i < length; i += 32) {
             const float p = exp2_approximate(fmaf(row[i], exponent, -base));

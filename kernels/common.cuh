@@ -25,12 +25,12 @@ typedef __nv_bfloat16 bf16;
 // read or written before this call. Parameters may. PTX ISA, "griddepcontrol"; CUDA Programming Guide, "Programmatic
 // Dependent Launch".
 //
-// The wait is for the kernel before this one alone, and for its end. That it also covers all kernels before that one
-// rests on two rules. All threads call this first, also those that return at once: a grid whose threads have all
-// returned has ended, whatever it follows. And the next kernel is let in behind the wait, not before it, so that
-// a kernel never begins before the one two places ahead has ended. Without the launch attribute, and for kernels that
-// nothing follows, both instructions do nothing. Loads by the read-only cache are not bound by
-// the wait, so no kernel has them.
+// The instruction waits for the end of the kernel directly before this one. Two rules make it cover all earlier kernels
+// too. First, all threads call this function first, also those that return at once, because a grid has ended when all
+// its threads have returned, even if the kernels before it have not. Second, a kernel lets the next one begin after its
+// own wait, so that a kernel never begins before the one two places ahead has ended. Without the launch attribute, and
+// for kernels that nothing follows, both instructions do nothing. Loads by the read-only cache are not bound by the
+// wait, so no kernel has them.
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #ifdef CUDA_EMU
     emulator::wait_for_earlier_kernels();

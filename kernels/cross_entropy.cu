@@ -83,11 +83,11 @@ __device__ __forceinline__ void hit(const T* row, int target, bool largest, cons
     if (threadIdx.x == 0) *to = largest && before == 0.f ? 1.f : 0.f;
 }
 
-// What a kernel finds beside the loss: the gradient, for a plain or a smoothed target, or whether the target has the
-// largest logit.
+// The result of a kernel besides the loss: the gradient, for a plain or a smoothed target, or whether the target has
+// the largest logit.
 enum Task { PLAIN, SMOOTHED, COUNTED };
 
-// A target that fills a list up: its row has no loss and no gradient.
+// The padding of a list of targets: its row has no loss and no gradient.
 const uint32_t NO_TARGET = 0xffffffffu;
 
 template <typename T>

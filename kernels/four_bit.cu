@@ -1,7 +1,7 @@
 // 4-bit block quantisation with bitsandbytes' bits, and back. The twin of src/ops/four_bit.rs, whose tests compare
 // the two.
 //
-// Where a code or a value must come out to the last bit, products and sums are written so that nvcc cannot fuse them.
+// If a code or a value must be exact to the last bit, products and sums are written so that nvcc cannot fuse them.
 #include "four_bit.cuh"
 #include "low_rank.cuh"
 
@@ -73,9 +73,9 @@ __device__ __forceinline__ void quantize(const typename From::Stored* values, ui
     }
 }
 
-// A thread takes four groups of eight values, neighbours among its warp's: 4 bytes in, 16 or 32 bytes out, four
-// loads in flight. The 16 values of the code lie in 16 banks of shared memory, where no two threads can collide.
-// Reads are let go from the cache at once; what is written stays there, since the product that follows reads it.
+// A thread takes four groups of eight values, neighbours among its warp's: 4 bytes in, 16 or 32 bytes out, four loads
+// in flight. The 16 values of the code lie in 16 banks of shared memory, where no two threads can collide. Loaded lines
+// are marked as first to leave the cache. The results stay in it, since the product that follows reads them.
 constexpr int GROUPS = 4;
 
 // The place of a group of eight values in the result. Rows have `groups` groups and lie `stride` values apart; if

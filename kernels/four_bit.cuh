@@ -1,5 +1,5 @@
-// What stored 4-bit weights mean: the values of their codes, and the scales of their blocks. Products and sums are
-// written so that nvcc cannot fuse them: values come out to the last bit.
+// The meaning of stored 4-bit weights: the values of their codes, and the scales of their blocks. Products and sums are
+// written so that nvcc cannot fuse them, and values are exact to the last bit.
 #pragma once
 #include "common.cuh"
 

@@ -22,8 +22,8 @@ __device__ __forceinline__ void rows(const T* x, fp8* codes, float* scales, int 
     round_row(x, extent, {codes + (uint64_t)blockIdx.x * cols, scales + blockIdx.x}, cols);
 }
 
-// A frozen weight [rows, cols], whatever it is stored in: eight values from `flat` on, a multiple of eight, and a bound
-// of the sizes of values from..to.
+// A frozen weight [rows, cols] in any form of storage. It gives eight values from `flat` on, a multiple of eight, and a
+// bound of the sizes of values from..to.
 template <typename T> struct Dense {
     const T* values;
     __device__ __forceinline__ void load(float (&v)[8], unsigned long long flat) const {

@@ -1,7 +1,7 @@
-// Layer norm: y = w * (x - mean) / sqrt(var + eps) + b, one block per row. The twin of src/ops/layer_norm.rs.
-// Rows of what is written lie `stride` apart, a multiple of eight if the width is one.
-// The kernels `..._rounded` write each row in 8 bits too, as a pass over what they store would (kernels/rounded.cuh);
-// their widths are multiples of eight.
+// Layer norm: y = w * (x - mean) / sqrt(var + eps) + b, one block per row. The twin of src/ops/layer_norm.rs. Written
+// rows lie `stride` apart, a multiple of eight if the width is one. The kernels `..._rounded` write each row in 8 bits
+// too, with the bits of a separate pass over the stored values (kernels/rounded.cuh); their widths are multiples of
+// eight.
 #include "rounded.cuh"
 
 struct Moments {

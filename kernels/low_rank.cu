@@ -152,7 +152,7 @@ __device__ __forceinline__ void pass_over(const bf16* x, int stride, const bf16*
         }
 }
 
-// A pair's gradient: where it lies, the layer's rows (B) and the pair's rank, and the factor on the sum.
+// A pair's gradient: its address, the layer's rows (B) and the pair's rank, and the factor on the sum.
 struct Gradient {
     float* to;
     int rows, rank;

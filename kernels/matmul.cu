@@ -1,11 +1,11 @@
 // Products of few rows with a large weight, y[M, N] = alpha * x W^T + base; the twin of src/ops/matmul.rs, whose
 // products of many rows are a library's. Up to three weights side by side that read the same x are one launch.
 //
-// Reading the weight is what such a product costs: it is read once, 16 bytes a lane, as it is stored, and a 4-bit
-// one is never expanded in memory. The weight is the left side of mma_m16n8k16, x the right one, eight rows of x a
-// tile. The order in which k goes through the tensor cores is free as long as both sides have the same: each lane
-// takes the k that lie together in memory, so that what it loads are its fragments, without shared memory. A 4-bit
-// value is rounded to bf16 as expanding would.
+// Such a product costs the time to read the weight. It is read once, 16 bytes a lane, as it is stored; a 4-bit weight
+// is never expanded in memory. The weight is the left side of mma_m16n8k16, x the right one, eight rows of x a tile.
+// The order in which k goes through the tensor cores is free as long as both sides have the same: each lane takes the k
+// that lie together in memory, so that the loaded values are its fragments, without shared memory. A 4-bit value is
+// rounded to bf16 as expanding would.
 //
 // A block owns 16 * BANDS columns of y. Its warps take groups of 128 k by turns; their sums are added in the order
 // of the warps. The order of a sum depends on k alone: a row's bits are the same whatever rows are beside it.
@@ -18,9 +18,9 @@
 constexpr int WARPS = 8;
 constexpr int GROUP = 128;  // k of a warp at a time
 
-// A lane's part of 128 columns of two rows of a weight, 8 rows apart: 32 values of each, in four pieces of eight.
-// Of a piece: where in the group its eight k begin, and the two A fragments that they are. EARLY: the next part
-// has registers to come in while this one is computed with, however many tiles there are.
+// A lane's part of 128 columns of two rows of a weight, 8 rows apart: 32 values of each, in four pieces of eight. A
+// piece has the offset of its eight k in the group, and two A fragments of them. EARLY: the next part is loaded into
+// registers of its own while this one is in use, for every number of tiles.
 struct FourBit {
     const uint8_t* packed;
     Scales scales;
@@ -100,7 +100,7 @@ __device__ __forceinline__ void few(const Weight& weight, const bf16* x, Y* y, c
     SHARED_ARRAY(float, sums, ROWS * COLUMNS);
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int own = blockIdx.x * ROWS, groups = (weight.k + GROUP - 1) / GROUP;
-    if (own >= weight.rows) return;  // the whole block: a neighbour's weight is wider
+    if (own >= weight.rows) return;  // the whole block returns: another weight of this launch is wider
     float total[BANDS][TILES][4] = {};
     typename Weight::Part part[BANDS];
     const auto load = [&](int group) {
@@ -157,13 +157,13 @@ __device__ __forceinline__ void few(const Weight& weight, const bf16* x, Y* y, c
         const int row = i / ROWS, column = own + i % ROWS;
         if (row >= m || column >= weight.rows) continue;
         const uint64_t to = (uint64_t)row * stride + at + column;
-        // Nothing is left to nvcc to fuse, so that all kernels give a row the same bits.
+        // nvcc has nothing to fuse here, so that all kernels give a row the same bits.
         const float value = base == nullptr ? __fmul_rn(alpha, sums[i]) : __fmaf_rn(alpha, sums[i], widen(base[to]));
         y[to] = narrow<Y>(added.onto(value, row, column));
     }
 }
 
-// Of the weights side by side the block's, by blockIdx.z; their columns lie one behind the other from `at` on.
+// Chooses the block's weight among those side by side, by blockIdx.z. Their columns follow each other from `at` on.
 #define PICK(name) (blockIdx.z == 0 ? name##_0 : blockIdx.z == 1 ? name##_1 : name##_2)
 #define AT (at + (blockIdx.z > 0 ? n_0 : 0) + (blockIdx.z > 1 ? n_1 : 0))
 #define FOUR_BIT_PARAMETERS(i) const uint8_t *packed_##i, const uint8_t *codes_##i, const float *absmax_##i, float offset_##i, int n_##i

@@ -52,7 +52,7 @@ extern "C" __global__ void number_total_f64(const double* x, int n, double* to) 
     total(x, n, to);
 }
 
-// to[0] + to[1] = x to 48 bits. What is not finite has no rest.
+// to[0] + to[1] = x to 48 bits. The rest of a number that is not finite is 0.
 template <typename T>
 __device__ __forceinline__ void split(const T* x, float* to) {
     const double value = (double)x[0];

@@ -6,10 +6,12 @@
 // undefined. All of them need sm_80, and all 32 lanes of the warp must reach them together unless the comment says
 // otherwise.
 //
-// A fragment is what one lane holds of a tile. With g = lane / 4 and t = lane % 4 (PTX ISA, "mma.m16n8k16"): A, 16
-// x 16 bf16, row major: a[0] = A[g][2t, 2t+1], a[1] = A[g+8][same], a[2] = A[g][2t+8, 2t+9], a[3] = A[g+8][same] B,
-// 16 x 8 bf16:             b[0] = B[2t, 2t+1][g], b[1] = B[2t+8, 2t+9][g] D, 16 x 8 f32:              d[0], d[1] =
-// D[g][2t, 2t+1], d[2], d[3] = D[g+8][same] Of a pair in one 32-bit register, the lower index is in the lower half.
+// A fragment is the part of a tile that one lane holds. With g = lane / 4 and t = lane % 4 (PTX ISA, "mma.m16n8k16"):
+//   A, 16 x 16 bf16, row major: a[0] = A[g][2t, 2t+1], a[1] = A[g+8][same],
+//                               a[2] = A[g][2t+8, 2t+9], a[3] = A[g+8][same]
+//   B, 16 x 8 bf16:             b[0] = B[2t, 2t+1][g], b[1] = B[2t+8, 2t+9][g]
+//   D, 16 x 8 f32:              d[0], d[1] = D[g][2t, 2t+1], d[2], d[3] = D[g+8][same]
+// The lower index of a pair lies in the lower half of its 32-bit register.
 #pragma once
 
 #ifdef CUDA_EMU

@@ -19,8 +19,8 @@
 #include "emulator/hopper.h"
 #endif
 
-// How the 16-byte pieces of a panel's rows are exchanged: address bits 4 to 6 ^= bits 7 to 9 for rows of 128 bytes,
-// bits 4 to 5 ^= bits 7 to 8 for rows of 64. The values are those of a matrix descriptor.
+// The exchange of the 16-byte pieces of a panel's rows: address bits 4 to 6 ^= bits 7 to 9 for rows of 128 bytes, bits
+// 4 to 5 ^= bits 7 to 8 for rows of 64. The values are those of a matrix descriptor.
 enum Swizzle { SWIZZLE_128 = 1, SWIZZLE_64 = 2 };
 
 // Describes a matrix in shared memory by its first element and two distances in bytes. `leading` is the one between
@@ -54,7 +54,7 @@ __device__ __forceinline__ void barriers_are_made() {
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// Arrives, and announces bytes that copies will bring in this phase.
+// Arrives, and announces the bytes that copies will write in this phase.
 __device__ __forceinline__ void barrier_arrive_expecting(uint64_t* barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
@@ -70,8 +70,8 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity,
     } while (!done && (patience == 0 || ++attempts < patience));
 }
 
-// Starts the copy of a tensor map's box that begins at column x and row y. What lies outside the tensor becomes
-// zeros. One thread calls it; the bytes have arrived when the barrier's phase has ended.
+// Starts the copy of a tensor map's box that begins at column x and row y. Elements outside the tensor become zeros.
+// One thread calls it; the bytes have arrived when the barrier's phase has ended.
 __device__ __forceinline__ void tma_load_2d(void* to, const TensorMap* map, uint64_t* barrier, int x, int y) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(

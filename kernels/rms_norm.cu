@@ -1,9 +1,8 @@
-// Root-mean-square norm: y = w * x / sqrt(mean(x^2) + eps), one block per row. The twin of src/ops/rms_norm.rs.
-// Rows of what is written lie `stride` apart, a multiple of eight if the width is one. `scales` gets 1 / rms of each
-// row, unless it is null.
-// Neighbouring values move 16 bytes at a time if the width is a multiple of eight, as in every real model.
-// The kernels `..._rounded` write each row in 8 bits too, as a pass over what they store would (kernels/rounded.cuh);
-// their widths are multiples of eight.
+// Root-mean-square norm: y = w * x / sqrt(mean(x^2) + eps), one block per row. The twin of src/ops/rms_norm.rs. Written
+// rows lie `stride` apart, a multiple of eight if the width is one. `scales` gets 1 / rms of each row, unless it is
+// null. Neighbouring values move 16 bytes at a time if the width is a multiple of eight, as in every real model. The
+// kernels `..._rounded` write each row in 8 bits too, with the bits of a separate pass over the stored values
+// (kernels/rounded.cuh); their widths are multiples of eight.
 #include "rounded.cuh"
 
 template <typename T>

@@ -54,7 +54,7 @@ struct RoundedRow {
 // take part; cols is a multiple of eight.
 template <typename T>
 __device__ __forceinline__ void round_row(const T* row, const Extent& extent, RoundedRow to, int cols) {
-    // Behind the barriers of these the block sees what it has stored.
+    // After the barriers in these functions, all threads see the values that the block has stored.
     const float largest = widen(narrow<T>(block_max(extent.largest)));
     const float poison = block_sum(extent.poison) + largest * 0.f; // a large number became infinity
     const Scale scale = scale_of(largest);

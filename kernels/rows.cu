@@ -2,7 +2,7 @@
 // src/ops/rows.rs.
 #include "common.cuh"
 
-// An index that fills a list up: it stands for no row.
+// The padding of a list of indices: it stands for no row.
 const uint32_t NO_ROW = 0xffffffffu;
 
 // Copies a row of one matrix of `width` columns to a row of another. `aligned`: both begin at multiples of 16

@@ -1,4 +1,4 @@
-//! Questions, a model, adapters -> what the base answers and what the base with the adapters answers, side by side.
+//! Questions, a model, adapters -> the answers of the base and of the base with the adapters, side by side.
 //!
 //! Questions are prompts as token ids: of a row exactly the tokens before the answer that training learned. Rows of
 //! plain text have no answer; their beginning is the prompt and their rest the reference.
@@ -44,7 +44,7 @@ pub struct Question {
 /// One answer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Given {
-    /// Without the token that ended it.
+    /// The text without the token that ended it.
     pub text: String,
     /// Tokens that were generated.
     pub tokens: usize,
@@ -63,10 +63,10 @@ pub struct Pair {
     pub tuned: Given,
 }
 
-/// How tokens are drawn, and which end an answer.
+/// The choice of tokens, and the tokens that end an answer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct How {
-    /// How each token is drawn.
+    /// The choice of each token.
     pub sampling: Sampling,
     /// Tokens that end an answer.
     pub stop_tokens: Vec<u32>,
@@ -84,7 +84,7 @@ impl Given {
 }
 
 impl Pair {
-    /// For machines.
+    /// Returns JSON for machines.
     pub fn json(&self) -> Json {
         json!({
             "row": self.question.place,
@@ -96,13 +96,13 @@ impl Pair {
     }
 }
 
-/// Options for rows that become questions: answers alone are told apart, whatever the loss is on.
+/// Returns options for rows that become questions: only answers are marked as learned, even if training learns more.
 pub fn token_options(options: &TokenOptions) -> TokenOptions {
     TokenOptions { loss: LossOn::Answers, ..options.clone() }
 }
 
-/// Rows that were encoded with `token_options` -> questions, with a limit of tokens each; without one the limit follows
-/// the reference. Rows that leave no prompt are left out.
+/// Turns rows that were encoded with `token_options` into questions, with a limit of tokens each. Without one the limit
+/// follows the reference. Rows that leave no prompt are left out.
 pub fn of_rows(
     rows: &[EncodedRow],
     records: &[Record],
@@ -124,7 +124,7 @@ pub fn of_rows(
     rows.iter().filter_map(question).collect()
 }
 
-/// The tokens of the last learned answer.
+/// Returns the tokens of the last learned answer.
 fn answer(row: &EncodedRow) -> Option<std::ops::Range<usize>> {
     let learned = |index: usize| index > 0 && row.example.supervised[index];
     let end = (0..row.example.ids.len()).rev().find(|&index| learned(index))? + 1;
@@ -134,7 +134,7 @@ fn answer(row: &EncodedRow) -> Option<std::ops::Range<usize>> {
     (start < end).then_some(start..end)
 }
 
-/// The text of a prompt that people read: the question alone, or every turn with its role.
+/// Returns the text of a prompt that people read: the question alone, or every turn with its role.
 fn shown(record: &Record, prompt: &[u32], tokenizer: &Tokenizer) -> String {
     let turns = |messages: &[Message]| match messages {
         [only] => only.text().to_owned(),
@@ -151,7 +151,7 @@ fn shown(record: &Record, prompt: &[u32], tokenizer: &Tokenizer) -> String {
     }
 }
 
-/// An engine with adapters under the names a, b, ... and room for these questions. The base is taken into it.
+/// Returns an engine with adapters under the names a, b, ... and room for these questions. The base is taken into it.
 pub fn engine(
     decoder: Decoder,
     adapters: &[&Path],
@@ -174,7 +174,7 @@ pub fn engine(
     Ok(engine)
 }
 
-/// The name of an adapter in the engine.
+/// Returns the name of an adapter in the engine.
 pub fn name(number: usize) -> String {
     format!("adapter-{number}")
 }
@@ -182,7 +182,7 @@ pub fn name(number: usize) -> String {
 /// Asks the base and the base with the adapters, all questions at once.
 ///
 /// # Errors
-/// Data: a prompt is longer than the model's context. Whatever the engine fails with.
+/// Data: a prompt is longer than the model's context. The fault of the engine.
 pub fn ask(
     engine: &Engine,
     questions: Vec<Question>,

@@ -4,7 +4,7 @@ use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::time::Duration;
 
-/// The pause after `failures` failed attempts: `first`, doubled with each further failure up to `longest`, then
+/// Returns the pause after `failures` failed attempts: `first`, doubled with each further failure up to `longest`, then
 /// shortened at random by up to a half, so that many processes do not come back at the same moment.
 pub fn pause(first: Duration, longest: Duration, failures: u32) -> Duration {
     let doubled = first.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(longest);

@@ -2,9 +2,9 @@
 //!
 //! Parsers of other crates reserve as much memory as a file declares, recurse as deep as it nests, and panic on some
 //! damage. A check refuses each known case before the parser sees it. This module catches the unknown cases. Within
-//! [`Bounds`] a thread may allocate only so much memory. If the parser asks for more (or overflows the stack), the
-//! process ends with the exit code and the message of the content, since neither can be recovered from. So it does if
-//! a parser on a thread of its own computes without end.
+//! [`Bounds`] a thread may allocate only so much memory. If the parser asks for more, or overflows the stack, the
+//! process ends with the exit code and the message of the content's fault, since neither can be recovered from. The
+//! process also ends if a parser on a thread of its own computes without end.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -18,7 +18,7 @@ use crate::last_word::{self, Word};
 
 /// The value of `LEFT` if the thread has no bounds.
 const UNBOUNDED: isize = isize::MAX;
-/// LIMIT: processor time of a parser that computes without bounds of its own. What is in use takes milliseconds.
+/// LIMIT: processor time of a parser that computes without bounds of its own. Real content takes milliseconds.
 const COMPUTING_MAX: Duration = Duration::from_secs(3);
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 const HELP: &str = "the content is damaged or malicious: take it from a source that you trust";
@@ -30,13 +30,13 @@ thread_local! {
     static LEFT: Cell<isize> = const { Cell::new(UNBOUNDED) };
 }
 
-/// The system's allocator, limited to what the thread's bounds allow.
+/// The system's allocator, limited to the thread's bounds.
 struct Bounded;
 
 #[global_allocator]
 static ALLOCATOR: Bounded = Bounded;
 
-/// Subtracts `bytes` from what is left. Returns false if too little is left.
+/// Subtracts `bytes` from the rest. Returns false if the rest is too small.
 fn take(bytes: usize) -> bool {
     let left = LEFT.get();
     if left == UNBOUNDED {
@@ -138,7 +138,7 @@ impl Bounds {
         last_word::unless(&self.word, work)
     }
 
-    /// Like `within`, and a panic becomes a fault of the content.
+    /// Does `work` as `within` does, and turns a panic into a fault of the content.
     pub fn hold<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         catch_unwind(AssertUnwindSafe(|| self.within(work))).unwrap_or_else(|panic| {
             let said = panic.downcast_ref::<String>().map(String::as_str);
@@ -148,8 +148,8 @@ impl Bounds {
         })
     }
 
-    /// Like `hold`, on a thread with `stack_bytes` of stack, for parsers that recurse as deep as their input nests. If
-    /// it computes for longer than `COMPUTING_MAX`, the process ends: a thread cannot be ended alone.
+    /// Does `work` as `hold` does, on a thread with `stack_bytes` of stack, for parsers that recurse as deep as their
+    /// input nests. If it computes for longer than `COMPUTING_MAX`, the process ends: a thread cannot be ended alone.
     pub fn hold_deep<T: Send>(
         &self,
         stack_bytes: usize,
@@ -190,7 +190,7 @@ impl Bounds {
     }
 }
 
-/// Processor time of a thread, by its place in /proc.
+/// Returns the processor time of a thread, by its place in /proc.
 fn computed(thread: &Path) -> Option<Duration> {
     let stat = std::fs::read_to_string(thread.join("stat")).ok()?;
     // The name, in parentheses, may hold anything. Behind it, the 12th and 13th fields are hundredths of seconds.
@@ -235,7 +235,7 @@ mod tests {
         });
     }
 
-    /// A thread that computes is told from one that waits.
+    /// A thread that computes is distinguished from one that waits.
     #[test]
     fn a_reader_that_computes_without_end_is_noticed() {
         let noticed = |work: fn()| {

@@ -1,4 +1,4 @@
-//! A command -> its work, and what it prints.
+//! A command -> its work and its output.
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -109,7 +109,7 @@ fn plain(command: &Command, report: &Report) -> Result<()> {
     Ok(())
 }
 
-/// The state in which a signal finds the command.
+/// Returns the state in which a signal finds the command.
 fn standing(command: &Command) -> Standing {
     match command {
         Command::Run(_) | Command::Example { .. } => Standing::BeforeTraining,
@@ -134,18 +134,18 @@ fn served(request: &Request) -> Result<plan::Serving> {
 /// Runs the job. A rank that is not the first has no receipt.
 fn train(request: &Request, report: &Report) -> Result<Option<Receipt>> {
     let plan = resolve(request)?;
-    // Ranks that cannot be had are refused here. Those that can were started by the program itself.
+    // Ranks that are not available are refused here. The others were started by the program itself.
     Crew::of(&place::find(&environment)?, &plan.ranks)?;
     let receipt = job::start(&plan, &environment, report)?;
     if let Some(receipt) = &receipt {
-        // The results are in their places, so the job has succeeded even if nobody can be told here.
+        // The results are in their places, so the job has succeeded even if this message cannot be written.
         let _ = printed(&format!("{}\n", receipt.text()));
     }
     Ok(receipt)
 }
 
-/// The ranks that this process has to start for a job; `None` if it runs the command itself. Whatever is wrong with the
-/// job is found again, and reported, when the command runs.
+/// Returns the ranks that this process has to start for a job; `None` if it runs the command itself. Faults of the job
+/// are ignored here: they are found again, and reported, when the command runs.
 pub fn crew(command: &Command) -> Option<Crew> {
     let Command::Run(request) = command else { return None };
     let found = place::find(&environment).ok()?;
@@ -201,7 +201,7 @@ fn measure(options: &bench::Options, json: Option<&Path>, report: &Report) -> Re
     json.map_or(Ok(()), |file| outcome.save(file))
 }
 
-/// The folder of a model that may be given as an address. The model is fetched with or without its weights.
+/// Returns the folder of a model that may be given as an address. The model is fetched with or without its weights.
 fn fetched(address: &Path, weights: bool, report: &Report) -> Result<PathBuf> {
     let address = fetch::Model::parse(&address.to_string_lossy())?;
     if let fetch::Model::Folder(folder) = address {

@@ -36,7 +36,7 @@ pub enum Gpus {
     All,
     /// The first so many.
     First(usize),
-    /// Those of these numbers.
+    /// The GPUs of these numbers.
     List(Vec<usize>),
 }
 
@@ -56,7 +56,7 @@ impl Gpus {
         }
     }
 
-    /// Their numbers, among so many that can be used.
+    /// Returns the numbers of the GPUs that were asked for. `there` is the number of GPUs that can be used.
     ///
     /// # Errors
     /// Device: some of them are not there. Another machine may have them.
@@ -77,7 +77,7 @@ impl Gpus {
     }
 }
 
-/// Number of GPUs that training can use: those that the driver shows, or none if the first cannot be used.
+/// Returns the number of GPUs that training can use: those that the driver shows, or none if the first cannot be used.
 #[cfg(feature = "cuda")]
 pub fn usable_gpus() -> usize {
     match crate::ops::cuda::device::usable(0) {
@@ -86,13 +86,13 @@ pub fn usable_gpus() -> usize {
     }
 }
 
-/// Number of GPUs that training can use: none in this build.
+/// Returns the number of GPUs that training can use: none in this build.
 #[cfg(not(feature = "cuda"))]
 pub fn usable_gpus() -> usize {
     0
 }
 
-/// The device of a rank: the GPU that its number on this machine chooses, or what `choice` names.
+/// Returns the device of a rank: the GPU that its number on this machine chooses, or what `choice` names.
 ///
 /// # Errors
 /// The faults of [`Gpus::numbers`].
@@ -192,7 +192,8 @@ fn described(number: usize) -> String {
     format!("cuda:{number}")
 }
 
-/// Bytes that are free on a GPU, or that this process may still take on a CPU; `None` if the system does not say.
+/// Returns the number of bytes that are free on a GPU, or that this process may still take on a CPU; `None` if the
+/// system does not say.
 pub fn memory_free(device: &Device) -> Option<u64> {
     match device {
         Device::Cpu => machine::memory_available(),
@@ -202,7 +203,7 @@ pub fn memory_free(device: &Device) -> Option<u64> {
     }
 }
 
-/// Compute capability of a GPU (major, minor); `None` for a CPU.
+/// Returns the compute capability of a GPU (major, minor); `None` for a CPU.
 pub fn capability(device: &Device) -> Option<(i32, i32)> {
     match device.location() {
         #[cfg(feature = "cuda")]
@@ -213,7 +214,7 @@ pub fn capability(device: &Device) -> Option<(i32, i32)> {
     }
 }
 
-/// `this CPU`, or the name that the GPU reports.
+/// Returns `this CPU`, or the name that the GPU reports.
 pub fn name(device: &Device) -> String {
     match device.location() {
         #[cfg(feature = "cuda")]
@@ -224,8 +225,8 @@ pub fn name(device: &Device) -> String {
     }
 }
 
-/// Most bytes that the process has used of a GPU's memory, or of the machine's on a CPU; `None` if the system does
-/// not say.
+/// Returns the most bytes that the process has used of a GPU's memory, or of the machine's on a CPU; `None` if the
+/// system does not say.
 pub fn memory_peak(device: &Device) -> Option<u64> {
     match device {
         Device::Cpu => machine::memory_peak(),
@@ -238,7 +239,7 @@ pub fn memory_peak(device: &Device) -> Option<u64> {
     }
 }
 
-/// Kernels and products that this process has launched on a GPU; `None` if there were none.
+/// Returns the number of kernels and products that this process launched on a GPU; `None` if there were none.
 pub fn launches() -> Option<u64> {
     #[cfg(feature = "cuda")]
     if let count @ 1.. = crate::ops::cuda::launches() {

@@ -46,17 +46,17 @@ pub struct Reply {
 pub const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 impl Reply {
-    /// Plain text with status 200.
+    /// Returns plain text with status 200.
     pub fn text(body: impl Into<String>) -> Reply {
         Reply { status: 200, content_type: "text/plain; charset=utf-8", body: body.into() }
     }
 
-    /// JSON with status 200.
+    /// Returns JSON with status 200.
     pub fn json(value: &serde_json::Value) -> Reply {
         Reply { status: 200, content_type: "application/json", body: value.to_string() }
     }
 
-    /// The answer for an unknown path.
+    /// Returns the answer for an unknown path.
     pub fn not_found() -> Reply {
         Reply { status: 404, ..Reply::text("not found\n") }
     }
@@ -73,7 +73,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// The address that the server listens on. If port 0 was requested, this holds the port that was found.
+    /// Returns the address that the server listens on. If port 0 was requested, this holds the port that was found.
     pub fn address(&self) -> SocketAddr {
         self.address
     }

@@ -34,7 +34,7 @@ pub struct Options {
     pub generate: usize,
 }
 
-/// How well a model predicts the rows.
+/// The quality of a model's predictions of the rows.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Measures {
     /// Mean over the answers' tokens, in nats.
@@ -180,7 +180,7 @@ fn exact(
 }
 
 impl Measures {
-    /// e to the loss.
+    /// Returns e to the power of the loss.
     pub fn perplexity(&self) -> f64 {
         self.loss.exp()
     }
@@ -194,7 +194,7 @@ impl Measures {
 }
 
 impl Evaluation {
-    /// A table for people.
+    /// Returns a table for people.
     pub fn text(&self) -> String {
         let (base, tuned) = (&self.base, &self.with_adapter);
         let number = |value: f64| match value {
@@ -237,7 +237,7 @@ impl Evaluation {
         text
     }
 
-    /// The same for machines.
+    /// Returns the same for machines.
     pub fn json(&self) -> Json {
         let mut json = self.tuned.json();
         json["rows"] = self.rows.json();

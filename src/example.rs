@@ -54,7 +54,7 @@ fn config() -> Map<String, Value> {
     config.as_object().expect("an object").clone()
 }
 
-/// A byte-level BPE tokenizer without merges: each byte is a token, written in GPT-2's alphabet.
+/// Returns a byte-level BPE tokenizer without merges: each byte is a token, written in GPT-2's alphabet.
 fn tokenizer() -> Value {
     let vocab: Map<String, Value> =
         alphabet().into_iter().enumerate().map(|(id, c)| (c.to_string(), Value::from(id))).collect();
@@ -72,7 +72,8 @@ fn tokenizer() -> Value {
     })
 }
 
-/// GPT-2's character for each byte: printable bytes stand for themselves, the others for characters from U+0100 on.
+/// Returns GPT-2's character for each byte: printable bytes stand for themselves, the others for characters from U+0100
+/// on.
 fn alphabet() -> Vec<char> {
     let printable = |byte: u32| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
     let mut next = 0x100;

@@ -35,12 +35,12 @@ impl Stored {
     const NAMES: [(&'static str, Stored); 4] =
         [("bf16", Stored::Bf16), ("f16", Stored::F16), ("f32", Stored::F32), ("q8_0", Stored::Q8)];
 
-    /// The type of this name.
+    /// Returns the type of this name.
     pub fn named(name: &str) -> Option<Stored> {
         Stored::NAMES.iter().find(|(other, _)| *other == name).map(|(_, stored)| *stored)
     }
 
-    /// The name in flags and file names.
+    /// Returns the name in flags and file names.
     pub fn name(self) -> &'static str {
         Stored::NAMES
             .iter()
@@ -49,7 +49,7 @@ impl Stored {
             .expect("all are named")
     }
 
-    /// Bytes of so many values; of `Q8` a multiple of its block.
+    /// Returns the number of bytes of so many values; of `Q8` a multiple of its block.
     pub fn bytes(self, values: usize) -> usize {
         match self {
             Stored::F32 => 4 * values,
@@ -58,7 +58,7 @@ impl Stored {
         }
     }
 
-    /// The values as bytes, each rounded to the nearest; `name` is for messages.
+    /// Returns the values as bytes, each rounded to the nearest; `name` is for messages.
     ///
     /// # Errors
     /// Model: a value that the type cannot hold.
@@ -84,7 +84,7 @@ impl Stored {
         Ok(bytes)
     }
 
-    /// The other way.
+    /// Returns the other way.
     pub fn decode(self, bytes: &[u8]) -> Vec<f32> {
         match self {
             Stored::F32 => bytes.as_chunks().0.par_iter().map(|b| f32::from_le_bytes(*b)).collect(),
@@ -110,7 +110,8 @@ fn fill(bytes: &mut [u8], values: &[f32], block: usize, write: impl Fn(&mut [u8]
     bytes.par_chunks_mut(size.max(1)).zip(values.par_chunks(block)).for_each(|(out, v)| write(out, v));
 }
 
-/// ggml's `quantize_row_q8_0_ref`: the largest magnitude becomes 127, halves are rounded away from zero.
+/// Writes a block as ggml's `quantize_row_q8_0_ref` does: the largest magnitude becomes 127, halves are rounded away
+/// from zero.
 fn q8_block(out: &mut [u8], values: &[f32]) {
     let largest = values.iter().fold(0f32, |largest, value| largest.max(value.abs()));
     let scale = largest / 127.0;

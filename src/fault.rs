@@ -1,4 +1,4 @@
-//! Every error of hone is a `Fault`: what went wrong, and who must act. Its kind sets the exit code.
+//! Every error of hone is a `Fault`: a message with its kind, which says who must act and sets the exit code.
 //!
 //! The exit code tells Kubernetes whether a retry can help (`podFailurePolicy`), so a kind is chosen by
 //! *who must act*, not by where the error was found. Messages name the thing, the value found and the
@@ -59,12 +59,12 @@ impl Kind {
         Kind::Internal,
     ];
 
-    /// The exit code of a process that ends with a fault of this kind.
+    /// Returns the exit code of a process that ends with a fault of this kind.
     pub fn exit_code(self) -> u8 {
         self as u8
     }
 
-    /// Stable machine name, used in JSON.
+    /// Returns the stable machine name, used in JSON.
     pub fn name(self) -> &'static str {
         match self {
             Kind::Usage => "usage",
@@ -84,7 +84,7 @@ impl Kind {
         }
     }
 
-    /// The description of the kind, in a sentence; docs/exit-codes.md holds it.
+    /// Returns the description of the kind, in a sentence; docs/exit-codes.md holds it.
     pub fn meaning(self) -> &'static str {
         match self {
             Kind::Usage => "The command line is wrong.",
@@ -120,7 +120,7 @@ impl Kind {
     }
 }
 
-/// The table of exit codes in Markdown; docs/exit-codes.md holds it.
+/// Returns the table of exit codes in Markdown; docs/exit-codes.md holds it.
 pub fn markdown() -> String {
     let row = |kind: &Kind| {
         let retry = if kind.retry_helps() { "yes" } else { "no" };
@@ -130,7 +130,7 @@ pub fn markdown() -> String {
     Kind::ALL.iter().fold(head.to_owned(), |table, kind| table + &row(kind))
 }
 
-/// An error with its kind, one sentence of what happened, and what to do about it.
+/// An error: its kind, one sentence about the event, and the remedy.
 #[derive(Clone, Debug)]
 pub struct Fault {
     /// The party that must act; the kind sets the exit code.
@@ -141,11 +141,11 @@ pub struct Fault {
     pub help: Option<String>,
 }
 
-/// The result of whatever can fail with a `Fault`.
+/// The result of a function that can fail with a `Fault`.
 pub type Result<T> = std::result::Result<T, Fault>;
 
 impl Fault {
-    /// A fault of this kind, without help.
+    /// Returns a fault of this kind, without help.
     pub fn new(kind: Kind, message: impl Into<String>) -> Fault {
         Fault { kind, message: message.into(), help: None }
     }
@@ -162,7 +162,7 @@ impl Fault {
         self
     }
 
-    /// Message and help in one line, for a fault that is shown in a list with others.
+    /// Returns the message and the help in one line, for a fault that is shown in a list with others.
     pub fn in_a_line(self) -> String {
         match self.help {
             Some(help) => format!("{}; {help}", self.message),
@@ -170,49 +170,49 @@ impl Fault {
         }
     }
 
-    /// A fault of kind [`Kind::Usage`].
+    /// Returns a fault of kind [`Kind::Usage`].
     pub fn usage(message: impl Into<String>) -> Fault {
         Fault::new(Kind::Usage, message)
     }
-    /// A fault of kind [`Kind::Config`].
+    /// Returns a fault of kind [`Kind::Config`].
     pub fn config(message: impl Into<String>) -> Fault {
         Fault::new(Kind::Config, message)
     }
-    /// A fault of kind [`Kind::Data`].
+    /// Returns a fault of kind [`Kind::Data`].
     pub fn data(message: impl Into<String>) -> Fault {
         Fault::new(Kind::Data, message)
     }
-    /// A fault of kind [`Kind::Model`].
+    /// Returns a fault of kind [`Kind::Model`].
     pub fn model(message: impl Into<String>) -> Fault {
         Fault::new(Kind::Model, message)
     }
-    /// A fault of kind [`Kind::Auth`].
+    /// Returns a fault of kind [`Kind::Auth`].
     pub fn auth(message: impl Into<String>) -> Fault {
         Fault::new(Kind::Auth, message)
     }
-    /// A fault of kind [`Kind::Capacity`].
+    /// Returns a fault of kind [`Kind::Capacity`].
     pub fn capacity(message: impl Into<String>) -> Fault {
         Fault::new(Kind::Capacity, message)
     }
-    /// A fault of kind [`Kind::Network`].
+    /// Returns a fault of kind [`Kind::Network`].
     pub fn network(message: impl Into<String>) -> Fault {
         Fault::new(Kind::Network, message)
     }
-    /// A fault of kind [`Kind::Internal`].
+    /// Returns a fault of kind [`Kind::Internal`].
     pub fn internal(message: impl Into<String>) -> Fault {
         Fault::new(Kind::Internal, message)
     }
 
-    /// The fault for a thread, a process or a runtime that cannot be started. A machine without free threads, memory
-    /// or open files is [`Kind::Device`], for which a retry may help; anything else is a defect.
+    /// Returns the fault for a thread, a process or a runtime that cannot be started. A machine without free threads,
+    /// memory or open files is [`Kind::Device`], for which a retry may help; anything else is a defect.
     pub fn machine(doing: &str, error: &dyn fmt::Display) -> Fault {
         let message = format!("cannot {doing}: {error}");
         let number = error_number(&message);
         Fault::exhausted(&message, number).unwrap_or_else(|| Fault::internal(message))
     }
 
-    /// The fault for a panic. Libraries panic if the machine gives them no thread or no open file; any other panic is a
-    /// defect. EAGAIN alone proves nothing, since sockets answer it too.
+    /// Returns the fault for a panic. Libraries panic if the machine gives them no thread or no open file; any other
+    /// panic is a defect. EAGAIN alone proves nothing, since sockets answer it too.
     pub fn of_panic(panic: &(dyn std::any::Any + Send)) -> Fault {
         let text = panic.downcast_ref::<&str>().copied();
         let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or_default();
@@ -238,14 +238,14 @@ impl Fault {
         )
     }
 
-    /// The fault for an I/O error on a file that somebody gave: of `kind` if the file is missing or may not be
+    /// Returns the fault for an I/O error on a file that somebody gave: of `kind` if the file is missing or may not be
     /// read; [`Kind::Storage`] if the machine failed to read it, for which a retry may help.
     pub fn unread(kind: Kind, message: impl Into<String>, error: &std::io::Error) -> Fault {
         Fault::new(if is_machines(error) { Kind::Storage } else { kind }, message)
     }
 
-    /// This fault, or one of [`Kind::Storage`] if its message says that the operating system could not read a file.
-    /// Parsers of other crates return the system's errors as text.
+    /// Returns this fault, or one of [`Kind::Storage`] if its message says that the operating system could not read a
+    /// file. Parsers of other crates return the system's errors as text.
     pub fn or_machines(mut self) -> Fault {
         if ends_with_os_error(&self.message) {
             (self.kind, self.help) = (Kind::Storage, None);
@@ -253,9 +253,9 @@ impl Fault {
         self
     }
 
-    /// The fault for an I/O error on a path that hone reads or writes. A full or failing disk is [`Kind::Storage`],
-    /// for which a retry may help. A path that cannot be used as it is (permissions, the wrong type) is
-    /// [`Kind::Config`], for which no retry helps.
+    /// Returns the fault for an I/O error on a path that hone reads or writes. A full or failing disk is
+    /// [`Kind::Storage`], for which a retry may help. A path that cannot be used as it is (permissions, the wrong type)
+    /// is [`Kind::Config`], for which no retry helps.
     pub fn storage(doing: &str, path: &std::path::Path, error: &std::io::Error) -> Fault {
         use std::io::ErrorKind as E;
         let message = format!("cannot {doing} {}: {error}", path.display());
@@ -277,7 +277,7 @@ impl Fault {
 }
 
 /// Returns whether an I/O error is the machine's: a failing disk, a lost network file system, no more open files. It
-/// passes by itself. A missing file, a file that may not be read and a file that ends too early are somebody's to mend.
+/// passes by itself. A person must repair a missing file, a file that may not be read, and a file that ends too early.
 fn is_machines(error: &std::io::Error) -> bool {
     use std::io::ErrorKind as E;
     let somebodys = [
@@ -299,7 +299,7 @@ fn ends_with_os_error(message: &str) -> bool {
     error_number(message).is_some_and(|number| is_machines(&std::io::Error::from_raw_os_error(number)))
 }
 
-/// The number of the operating system's error that a message ends with.
+/// Returns the number of the operating system's error that a message ends with.
 fn error_number(message: &str) -> Option<i32> {
     let (_, number) = message.trim_end().strip_suffix(')')?.rsplit_once("(os error ")?;
     number.parse().ok()

@@ -1,4 +1,5 @@
-//! A model folder -> what hone reads in it: family, facts, quantised layers, LoRA sites, memory, missing files.
+//! A model folder -> the facts that hone reads in it: family, facts, quantised layers, LoRA sites, memory, missing
+//! files.
 //!
 //! It reads config.json, the headers of the weights and the tokenizer, but no weight.
 
@@ -82,7 +83,7 @@ struct Memory {
 }
 
 impl Inspection {
-    /// The inspection as lines for people.
+    /// Returns the inspection as lines for people.
     pub fn table(&self) -> String {
         let mut rows = self.rows();
         rows.push(("LoRA sites", self.site_text()));
@@ -194,7 +195,7 @@ impl Inspection {
         )
     }
 
-    /// The inspection as JSON.
+    /// Returns the inspection as JSON.
     pub fn json(&self) -> Json {
         let facts = &self.facts;
         let heads = facts.heads();
@@ -237,14 +238,14 @@ impl Inspection {
         })
     }
 
-    /// Bytes of the codes and scales of all linear layers, as they are stored or as `load_in_4bit` with double
-    /// quantisation would store them.
+    /// Returns the number of bytes of the codes and scales of all linear layers, as they are stored or as
+    /// `load_in_4bit` with double quantisation would store them.
     fn four_bit_bytes(&self) -> usize {
         let double = !matches!(self.stored, Some(Quantization::Stored { double: false, .. }));
         self.facts.projections().map(|(_, p)| FourBit::bytes_of(p.rows, p.cols, double)).sum()
     }
 
-    /// The memory plan's bytes for a 4-bit base trained in bf16. They are the same on every card.
+    /// Returns the memory plan's bytes for a 4-bit base trained in bf16. They are the same on every card.
     fn memory(&self) -> Vec<Memory> {
         let (card, _) = card::find("h200").expect("it is in the table");
         let gpu = card.machine(None).expect("it computes in bf16");

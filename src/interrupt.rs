@@ -65,7 +65,7 @@ impl Standing {
 pub struct Stands(u8);
 
 impl Stands {
-    /// The standing holds until the process ends.
+    /// Keeps the standing until the process ends.
     pub fn to_the_end(self) {
         std::mem::forget(self);
     }
@@ -153,7 +153,7 @@ pub fn requested() -> bool {
     REQUESTED.load(Ordering::Relaxed)
 }
 
-/// Returns a fault if a signal asked the process to end; for loops that have nothing of their own to save.
+/// Fails if a signal asked the process to end. It serves loops that have nothing of their own to save.
 pub fn check() -> Result<()> {
     match requested() {
         false => Ok(()),
@@ -178,7 +178,7 @@ fn before_training() -> Fault {
         .help("start it again: downloaded files are kept")
 }
 
-/// The result of `work`. If a signal comes first, `work` is dropped and the result is the fault that `stopped`
+/// Returns the result of `work`. If a signal comes first, `work` is dropped and the result is the fault that `stopped`
 /// returns.
 pub async fn or_stopped<T>(
     work: impl Future<Output = Result<T>>,

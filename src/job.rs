@@ -178,7 +178,7 @@ fn folder_fact(folder: &RunFolder) -> Json {
     json!({"path": folder.path(), "fingerprint": folder.fingerprint()})
 }
 
-/// Trains: data and base -> an adapter in the folder. The folder and the result are rank 0's.
+/// Trains an adapter from data and base, in the folder. The folder and the result are rank 0's.
 fn make(
     plan: &Plan,
     described: Described,
@@ -240,7 +240,7 @@ fn make(
     Ok(Some(trained))
 }
 
-/// Loads the base. Several ranks compare what they read.
+/// Loads the base. Several ranks compare the values that they read.
 fn load_alike(
     home: &Home,
     facts: Facts,
@@ -271,7 +271,7 @@ fn load_alike(
     Ok(decoder)
 }
 
-/// The facts of a training that ended.
+/// Reports the facts of a training that ended.
 fn tell_trained(device: &Device, folder: &RunFolder, trained: &Trained, report: &Report) {
     report.fact("memory used", json!({"peak_bytes": device::memory_peak(device)}));
     report.fact("adapter_sha256", told::digest(&folder.path().join(adapter::WEIGHTS_FILE)));
@@ -297,8 +297,8 @@ fn answer_if_asked(
     report.warn(Stage::Evaluate, text);
 }
 
-/// A decoder that needs no other rank. If the ranks shared the base, it is loaded again: on the device if it fits
-/// there, or else in host memory.
+/// Returns a decoder that needs no other rank. If the ranks shared the base, it is loaded again: on the device if it
+/// fits there, or else in host memory.
 fn alone(
     plan: &Plan,
     decoder: Decoder,
@@ -328,7 +328,7 @@ fn tell_renamed(described: &Described, report: &Report) {
     }
 }
 
-/// A time as seconds since 1970, and back.
+/// Returns a time as seconds since 1970. `time` is its inverse.
 fn seconds(time: &SystemTime) -> Json {
     json!(time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs()))
 }
@@ -353,7 +353,7 @@ fn fit(
     let mut log = |metric: &train::Metric| {
         let Some(folder) = folder else { return Ok(()) }; // rank 0 writes them
         if metrics.is_none() {
-            // The first line shows where this start began; later lines of an earlier start are dropped.
+            // The first line has the step at which this start began. Later lines of an earlier start are dropped.
             metrics = Some(folder.metrics(metric)?);
         }
         metrics.as_mut().expect("just opened").log(metric)
@@ -373,7 +373,7 @@ fn fit(
     )
 }
 
-/// The examples to evaluate on, by entry and name. A split may leave an entry without any.
+/// Returns the examples to evaluate on, by entry and name. A split may leave an entry without any.
 fn evaluation_sources(plan: &Plan, evaluation: &Set) -> Result<Vec<(usize, String, Set)>> {
     let sources: Vec<(usize, String, Set)> = plan
         .sources
@@ -430,7 +430,7 @@ fn to_answer(plan: &Plan, data: &[source::File], report: &Report) -> Result<Aske
     Ok(Asked { rows, held_out })
 }
 
-/// Writes what base and tuned model answer to rows, beside the adapter.
+/// Writes the answers of base and tuned model to rows, beside the adapter.
 fn answer(
     plan: &Plan,
     decoder: Decoder,
@@ -516,7 +516,7 @@ fn fingerprint(parts: &[(String, String)]) -> String {
     source::digest(texts.join("\n").as_bytes())
 }
 
-/// Everything that would change a run's result, by name.
+/// Returns everything that would change a run's result, by name.
 fn parts(plan: &Plan, described: &Described, data: &[source::File]) -> Result<Vec<(String, String)>> {
     let part = |name: &str, text: String| (name.to_owned(), text);
     let options = (&described.options.lora, &plan.train, &plan.dataset, &plan.tokens);
@@ -536,8 +536,8 @@ fn parts(plan: &Plan, described: &Described, data: &[source::File]) -> Result<Ve
     Ok(parts)
 }
 
-/// Names, sizes and link targets of the weights, since hashing gigabytes at every start would take too long. A hub's
-/// cache links to files that are named by their hash, so the target distinguishes files of the same size.
+/// Returns the names, sizes and link targets of the weights. Hashing gigabytes at every start would take too long. A
+/// hub's cache links to files that are named by their hash, so the target distinguishes files of the same size.
 fn weight_files(folder: &Path) -> Result<Vec<String>> {
     let unread = |error: std::io::Error| {
         Fault::unread(Kind::Model, format!("cannot read {}: {error}", folder.display()), &error)
@@ -562,8 +562,8 @@ fn weight_files(folder: &Path) -> Result<Vec<String>> {
     Ok(files)
 }
 
-/// The content of a file; nothing if there is none. A file that cannot be read is a fault, since it would give the run
-/// another identity.
+/// Returns the content of a file; nothing if there is none. A file that cannot be read is a fault, since it would give
+/// the run another identity.
 fn read_or_nothing(file: &Path) -> Result<Vec<u8>> {
     match plain::read(file, TEXT_BYTES_MAX) {
         Ok(content) => Ok(content),

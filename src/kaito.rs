@@ -58,11 +58,11 @@ pub enum Call {
     },
     /// KAITO's metrics server.
     MetricsServer,
-    /// Whether the server of this pod answers: KAITO measures its speed here, which hone does not.
+    /// Checks whether the server of this pod answers. KAITO measures its speed at this point; hone does not.
     Probe,
 }
 
-/// The program that the command line calls; `None` if hone was called by its own name.
+/// Returns the program that the command line calls; `None` if hone was called by its own name.
 ///
 /// Usage: the command calls a script that hone does not replace.
 pub fn call(arguments: &[OsString], environment: &dyn Fn(&str) -> Option<String>) -> Option<Result<Call>> {
@@ -144,7 +144,7 @@ struct Asked {
     warnings: Vec<String>,
 }
 
-/// The first argument that is not a flag, and the arguments after it.
+/// Returns the first argument that is not a flag, and the arguments after it.
 fn script<'a>(arguments: &'a [String], asked: &mut Asked) -> Result<(Option<&'a str>, &'a [String])> {
     let mut left = arguments.iter();
     while let Some(argument) = left.next() {
@@ -181,8 +181,8 @@ fn one_machine(machines: u32) -> Result<()> {
     }
 }
 
-/// The command `hone run` for the mounts and variables of the pod. Variables that begin with `HONE_` have their usual
-/// effect.
+/// Returns the command `hone run` for the mounts and variables of the pod. Variables that begin with `HONE_` have their
+/// usual effect.
 fn job(processes: Option<u32>, environment: &dyn Fn(&str) -> Option<String>) -> Vec<OsString> {
     let mut arguments = vec!["hone", "run"];
     let unset = |name: &str| environment(name).is_none_or(|value| value.is_empty());

@@ -88,7 +88,8 @@ pub fn unless<T>(word: &Word, work: impl FnOnce() -> T) -> T {
     work()
 }
 
-/// Bytes of a thread's stack for signals: two frames of a thread that uses AMX, each of 11 KiB, and what handlers need.
+/// Bytes of a thread's stack for signals: two frames of a thread that uses AMX, each of 11 KiB, and the memory of
+/// handlers.
 const SIGNAL_STACK_BYTES: usize = 64 << 10;
 /// Bytes below it that no one may touch.
 const GUARD_BYTES: usize = 4 << 10;
@@ -144,7 +145,7 @@ impl Drop for SignalStack {
     }
 }
 
-/// Called by the allocator when the system gives no memory.
+/// Notes that the system gave no memory. The allocator calls this.
 pub fn note_full_memory() {
     OUT_OF_MEMORY.set(true);
 }
@@ -163,7 +164,7 @@ pub fn leave(code: u8) -> ! {
 }
 
 impl Word {
-    /// The message as the log and the termination message would show the fault.
+    /// Returns the message as the log and the termination message would show the fault.
     pub fn of(fault: &Fault) -> Word {
         let outcome = Outcome { fault: Some(fault.clone()), ..Outcome::default() };
         let (code, name) = (fault.kind.exit_code(), fault.kind.name());
@@ -288,7 +289,7 @@ mod tests {
         assert_eq!((&message["code"], &message["help"]), (&11.into(), &"export it again".into()));
     }
 
-    /// The stack that the kernel uses for signals of this thread: its lowest address, and its bytes.
+    /// Returns the stack that the kernel uses for signals of this thread: its lowest address, and its bytes.
     fn signal_stack() -> (usize, usize) {
         // SAFETY: the kernel fills the structure.
         unsafe {

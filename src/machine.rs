@@ -7,7 +7,7 @@ use std::time::Duration;
 /// Keeps freed memory in the process instead of giving it back to the kernel.
 ///
 /// A training step frees and allocates the same activations again. With glibc's defaults, blocks above 32 MiB are
-/// mapped anew each time and the kernel clears every page, which takes a sixth of a step of an 88M model
+/// mapped again each time and the kernel clears every page, which takes a sixth of a step of an 88M model
 /// (`benches/LOG.md`). Peak memory stays the same, because the activations of a step dominate it. Other C libraries
 /// keep their own rules.
 pub fn keep_freed_memory() {
@@ -20,7 +20,7 @@ pub fn keep_freed_memory() {
     }
 }
 
-/// Processor time of the calling thread so far. A machine that stalls adds nothing to it.
+/// Returns the processor time of the calling thread so far. A machine that stalls adds nothing to it.
 pub fn thread_time() -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the call writes the structure that it is given, and nothing else.
@@ -28,20 +28,20 @@ pub fn thread_time() -> Duration {
     Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
 }
 
-/// Bytes of memory that this process may still allocate: the machine's available memory, or less if a container's
-/// limit is lower. Page cache counts as available, since the kernel frees it on demand. `None` if the system does not
-/// say.
+/// Returns the number of bytes of memory that this process may still allocate: the machine's available memory, or less
+/// if a container's limit is lower. Page cache counts as available, since the kernel frees it on demand. `None` if the
+/// system does not say.
 pub fn memory_available() -> Option<u64> {
     available_below(Path::new("/"))
 }
 
-/// The largest resident set so far, in bytes, as the kernel counted it.
+/// Returns the largest resident set so far, in bytes, as the kernel counted it.
 pub fn memory_peak() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     number_after(&status, "VmHWM:").map(|kib| kib * 1024)
 }
 
-/// Bytes of this process that are in memory now.
+/// Returns the number of bytes of this process that are in memory now.
 pub fn memory_resident() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     number_after(&status, "VmRSS:").map(|kib| kib * 1024)
@@ -95,7 +95,7 @@ fn left(group: &Path, files: &Files) -> Option<u64> {
     Some(limit.saturating_sub(usage.saturating_sub(cache)))
 }
 
-/// The number in the line that begins with `word`.
+/// Returns the number in the line that begins with `word`.
 fn number_after(text: &str, word: &str) -> Option<u64> {
     let mut words = text.lines().map(str::split_ascii_whitespace);
     words.find_map(|mut line| (line.next()? == word).then(|| line.next()?.parse().ok())?)

@@ -1,4 +1,4 @@
-//! The program: arguments -> one command is run -> an exit code that says who must act.
+//! The program: arguments -> one command -> an exit code that says who must act.
 
 #![warn(missing_docs)]
 
@@ -50,7 +50,7 @@ fn environment(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
-/// The report of a program that has not read its flags.
+/// Returns the report of a program that has not read its flags.
 fn plain_report() -> Report {
     Report::new(report::choose(None, false))
 }
@@ -81,7 +81,7 @@ fn start(arguments: Vec<OsString>, mut warnings: Vec<String>, pod: bool) -> Exit
     if let (true, Some(path)) = (is_run || stays, &message) {
         termination::write_ahead(path, if stays { termination::BEGINS_ANEW } else { termination::CONTINUES });
     }
-    // From here on, whatever ends the process leaves a word. The plan is made once to know the number of ranks.
+    // From here on, every end of the process leaves a last message. The plan is made once to know the number of ranks.
     let crew = catch_unwind(AssertUnwindSafe(|| commands::crew(&invocation.command))).ok().flatten();
     if let Some(crew) = crew {
         return lead(&crew, &arguments, &warnings, &invocation, pod);
@@ -113,7 +113,8 @@ fn start(arguments: Vec<OsString>, mut warnings: Vec<String>, pod: bool) -> Exit
     }
 }
 
-/// The place of this process. Whatever is wrong with it is found again, and reported, when the command runs.
+/// Returns the place of this process. A fault is ignored here, since it is found again, and reported, when the command
+/// runs.
 fn seat(command: &Command) -> Place {
     match (command, place::find(&environment)) {
         (Command::Run(_), Ok(Found::Rank(seat))) => seat.place,

@@ -105,14 +105,14 @@ pub struct Comparison {
 }
 
 impl Comparison {
-    /// The growth of the loss by merging.
+    /// Returns the growth of the loss by merging.
     pub fn difference(&self) -> f64 {
         self.merged.loss - self.beside.loss
     }
 }
 
 impl Done {
-    /// For people.
+    /// Returns text for people.
     pub fn text(&self) -> String {
         let mut text = format!("Written: {}\n", self.folder.display());
         for (name, bytes) in &self.files {
@@ -157,7 +157,7 @@ pub fn run(request: &Request, options: &Options, environment: Environment, repor
     let merged = Merged::new(&tuned.facts, &checkpoint, four_bit(&tuned, options.onto), pairs);
     let chat = tuned.chat(&tokenizer)?;
     let writing = Writing { tuned: &tuned, options, merged: &merged, architecture, folder: &folder };
-    let planned = writing.plan(&tokenizer, chat.as_ref(), report)?; // too little space is told before the long part
+    let planned = writing.plan(&tokenizer, chat.as_ref(), report)?; // a lack of space is reported before the long part
     let device = device::open(tuned.plan.device, report)?;
     let rows = match options.check_rows {
         0 => None,
@@ -182,8 +182,8 @@ pub fn run(request: &Request, options: &Options, environment: Environment, repor
     done(folder, comparison)
 }
 
-/// Returns whether the merged model, which the comparison loads as a whole, has room in memory. If not, that is told;
-/// the model itself is written piece by piece.
+/// Returns whether the merged model, which the comparison loads as a whole, has room in memory. If not, a message says
+/// so; the model itself is written piece by piece.
 fn room_to_compare(tuned: &Tuned, options: &Options, device: &Device, report: &Report) -> bool {
     let bytes = if options.stored == Stored::F32 { 4 } else { 2 };
     let needed = (tuned.facts.parameters() * bytes) as u64;
@@ -210,7 +210,7 @@ fn done(folder: Folder, comparison: Option<Comparison>) -> Result<Done> {
     Ok(Done { folder, files, comparison })
 }
 
-/// The adapters without the base, as a GGUF LoRA.
+/// Returns the adapters without the base, as a GGUF LoRA.
 fn adapter_alone(
     tuned: &Tuned,
     sum: &Sum,
@@ -226,7 +226,7 @@ fn adapter_alone(
     done(folder, None)
 }
 
-/// The form in which the training held the base, if that is what is merged.
+/// Returns the form in which the training held the base, if the merge uses this form.
 fn four_bit(tuned: &Tuned, onto: Onto) -> Option<(FourBitCode, bool)> {
     match (onto, tuned.model.quantization) {
         (Onto::Trained, Quantization::FourBit { code, double }) => Some((code, double)),
@@ -234,7 +234,7 @@ fn four_bit(tuned: &Tuned, onto: Onto) -> Option<(FourBitCode, bool)> {
     }
 }
 
-/// Rows of the run or of given data; without any, a text that is built in.
+/// Returns rows of the run or of given data; without any, a text that is built in.
 fn examples(
     tuned: &Tuned,
     count: usize,
@@ -257,7 +257,7 @@ fn examples(
             let examples = rows.encoded.iter().map(|row| row.example.clone()).collect();
             Ok((rows.told(), examples))
         }
-        // Data of the run may be gone; what is named now must be there.
+        // Data of the run may be gone, but data that is named now must exist.
         Err(fault) if !tuned.names_data() => {
             let why = fault.in_a_line();
             report
@@ -268,7 +268,7 @@ fn examples(
     }
 }
 
-/// The base, and the base with the adapters, held as in the training.
+/// Returns the base, and the base with the adapters, held as in the training.
 fn side_by_side(
     tuned: &Tuned,
     examples: &[Example],
@@ -282,7 +282,7 @@ fn side_by_side(
     Ok((base, evaluate::measure(&decoder, Some(&sum), examples, batch, report)?))
 }
 
-/// Tells what merging changed.
+/// Warns of the changes that merging made.
 fn warn(tuned: &Tuned, options: &Options, comparison: Option<&Comparison>, report: &Report) {
     let over_four_bit = matches!(tuned.model.quantization, Quantization::FourBit { .. });
     let changed = match comparison {
@@ -322,7 +322,7 @@ impl Writing<'_> {
         format!("model-{}.gguf", self.options.stored.name())
     }
 
-    /// The file's plan, if it is one; refuses a volume that is too small.
+    /// Returns the plan of the file, if the result is one file. Refuses a volume that is too small.
     fn plan(
         &self,
         tokenizer: &Tokenizer,
@@ -377,7 +377,7 @@ impl Writing<'_> {
         model_folder::write_beside(&beside, stored, self.folder)
     }
 
-    /// README.md, as the hub shows it.
+    /// Returns README.md, as the hub shows it.
     fn card(&self) -> String {
         let onto = match (self.options.onto, self.tuned.model.quantization) {
             (_, Quantization::Stored { .. }) | (Onto::Trained, Quantization::FourBit { .. }) => {
@@ -402,7 +402,7 @@ impl Writing<'_> {
         )
     }
 
-    /// The files that were written, read back.
+    /// Returns the files that were written, read back.
     fn decoder(&self, device: &Device, report: &Report) -> Result<Decoder> {
         let mut model = model::Options { quantization: Quantization::None, ..self.tuned.model.clone() };
         match &self.architecture {

@@ -39,17 +39,17 @@ pub struct Latest {
 }
 
 impl Latest {
-    /// Nothing has happened yet; everything is passed on to `sink`.
+    /// Returns the state before any event; everything is passed on to `sink`.
     pub fn new(sink: Arc<dyn Sink>) -> Latest {
         Latest { sink, state: Mutex::default() }
     }
 
-    /// A copy of the newest state.
+    /// Returns a copy of the newest state.
     pub fn state(&self) -> State {
         self.lock().clone()
     }
 
-    /// The outcome of a run that failed, with the last step that it logged.
+    /// Returns the outcome of a run that failed, with the last step that it logged.
     pub fn outcome(&self, fault: &Fault) -> Outcome {
         let step = self.state().step;
         Outcome {
@@ -133,12 +133,12 @@ fn answer(asked: &Asked, state: &State, sampler: &Mutex<Sampler>) -> Reply {
     }
 }
 
-/// The run's state as Prometheus text, for a gateway that it is pushed to.
+/// Returns the run's state as Prometheus text, for a gateway that it is pushed to.
 pub fn text(state: &State) -> String {
     prometheus::reply(prometheus::Format::Text, state, &machine::Sample::default()).body
 }
 
-/// KAITO's metrics, and the run's own under `training`.
+/// Returns KAITO's metrics, and the run's own ones under `training`.
 fn json(state: &State, sample: &machine::Sample) -> Value {
     let step = state.step.as_ref();
     let mut value = sample.json();

@@ -70,7 +70,7 @@ pub fn text(path: &Path) -> Result<String> {
     String::from_utf8(small(path)?).map_err(|_| refused("it is not UTF-8"))
 }
 
-/// Somebody gave a wrong path; no try of the same helps.
+/// Returns the error for a path that somebody must correct; a retry does not help.
 fn refused(what: &str) -> Error {
     Error::new(ErrorKind::InvalidInput, what)
 }

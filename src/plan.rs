@@ -30,7 +30,7 @@ use std::path::PathBuf;
 /// Everything that `hone run` needs to know. Each stage takes its own part.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// How files are downloaded and cached.
+    /// Options of downloads and of their cache.
     pub source: source::Options,
     /// Addresses of the dataset: the entries to train on, then those to evaluate on (`dataset.evaluation_from`).
     pub data: Vec<fetch::Data>,
@@ -38,13 +38,13 @@ pub struct Plan {
     pub sources: Vec<String>,
     /// Address of the base model. `model.folder` is the folder where its files are, or will be.
     pub base: fetch::Model,
-    /// How rows are read.
+    /// Options of reading rows.
     pub dataset: dataset::Options,
-    /// How rows become token examples.
+    /// Options of turning rows into token examples.
     pub tokens: dataset::TokenOptions,
     /// The place where tokens are kept.
     pub token_cache: dataset::TokenCache,
-    /// How the base is stored and computed with, and what is adapted.
+    /// The storage and precision of the base, and the adapted modules.
     pub model: model::Options,
     /// Limits of memory.
     pub memory: memory::Options,
@@ -103,7 +103,7 @@ pub struct Ignored {
 }
 
 impl Plan {
-    /// How to reach the base model and the data.
+    /// Returns the options of access to the base model and the data.
     pub fn access(&self) -> fetch::Access<'_> {
         fetch::Access { source: &self.source, registry: &self.registry }
     }
@@ -112,14 +112,13 @@ impl Plan {
 /// The settings that serving a model needs.
 #[derive(Clone, Debug)]
 pub struct Serving {
-    /// How files are downloaded and cached.
+    /// Options of downloads and of their cache.
     pub source: source::Options,
     /// How registries are reached.
     pub registry: registry::Options,
     /// Address of the base model.
     pub base: fetch::Model,
-    /// How the base is stored and computed with. It is stored as NF4 with quantised scales unless the keys say
-    /// otherwise.
+    /// The storage and precision of the base. It is stored as NF4 with quantised scales unless the keys say otherwise.
     pub model: model::Options,
     /// The name of the base for requests.
     pub model_name: String,
@@ -168,8 +167,8 @@ pub fn make(spec: &Spec) -> Result<Plan> {
     reader.finish(plan)
 }
 
-/// The same for commands that look at a finished adapter: they may do without data. Products in 8 bits are for training
-/// only.
+/// Returns the same for commands that look at a finished adapter: they may do without data. Products in 8 bits are for
+/// training only.
 pub fn look(spec: &Spec) -> Result<Plan> {
     let mut reader = Reader::new(spec);
     let mut plan = resolve(&mut reader, spec, false);

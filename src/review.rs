@@ -80,20 +80,20 @@ pub struct Review {
 pub struct Sample {
     /// FILE:ROW.
     pub place: String,
-    /// Its tokens.
+    /// The sample's tokens.
     pub tokens: usize,
-    /// Its tokens that are learned.
+    /// The sample's tokens that are learned.
     pub learned: usize,
     /// Whether it was cut.
     pub cut: bool,
-    /// Its text, divided by kind of token.
+    /// The sample's text, divided by kind of token.
     pub pieces: Vec<Piece>,
 }
 
 /// Adjacent tokens of one kind.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Piece {
-    /// Their text.
+    /// The text of the piece.
     pub text: String,
     /// Whether they are learned.
     pub learned: bool,
@@ -230,7 +230,7 @@ fn histogram(lengths: impl Iterator<Item = usize> + Clone) -> Vec<(usize, usize,
     bars
 }
 
-/// (optimizer steps of the run, share of the passes' capacity that packing fills).
+/// Returns (optimizer steps of the run, share of the passes' capacity that packing fills).
 fn packing(rows: &Set, plan: &Plan) -> (u64, Option<f64>) {
     let steps = Steps::new(rows.len(), &plan.train);
     let Some(room) = plan.train.packing.filter(|_| !rows.is_empty()) else { return (steps.total, None) };
@@ -245,12 +245,12 @@ fn packing(rows: &Set, plan: &Plan) -> (u64, Option<f64>) {
 }
 
 impl Review {
-    /// The review as lines for people; with colours for a terminal.
+    /// Returns the review as lines for people; with colours for a terminal.
     pub fn text(&self, colours: bool) -> String {
         text::write(self, colours)
     }
 
-    /// The review as one self-contained HTML page.
+    /// Returns the review as one self-contained HTML page.
     pub fn html(&self) -> String {
         html::page(self)
     }
@@ -263,7 +263,7 @@ impl Review {
         whole::write_named(file, self.html().as_bytes())
     }
 
-    /// (name, value) of each count, for text and HTML.
+    /// Returns (name, value) of each count, for text and HTML.
     fn facts(&self) -> Vec<(&'static str, String)> {
         let share = |part: u64, whole: u64| format!("{:.1} %", 100.0 * part as f64 / whole.max(1) as f64);
         let rows = (self.train + self.evaluation) as u64;
@@ -319,7 +319,7 @@ impl Review {
         facts
     }
 
-    /// The review as JSON.
+    /// Returns the review as JSON.
     pub fn json(&self) -> Json {
         let piece =
             |piece: &Piece| json!({"text": piece.text, "learned": piece.learned, "special": piece.special});

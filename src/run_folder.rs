@@ -1,9 +1,9 @@
 //! The output folder of a run. One process claims it, other runs are kept out, files are written atomically, and
 //! KAITO's sentinel is the last.
 //!
-//! `hone.json` says which run the folder belongs to: it is the first file written, and it alone decides. A restarted
-//! run finds its own record and continues; another run is refused. Files of the adapter appear whole, by rename.
-//! Links that somebody planted under hone's own names are never followed.
+//! `hone.json` identifies the run that the folder belongs to. It is the first file written, and it alone decides. A
+//! restarted run finds its own record and continues; another run is refused. Files of the adapter appear whole, by
+//! rename. Links that somebody planted under hone's own names are never followed.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Read, Write};
@@ -23,7 +23,7 @@ use crate::{plain, whole, words};
 
 /// `YYYY-MM-DD-HH-MM-SS`, as KAITO writes it.
 const DATE: &str = "%Y-%m-%d-%H-%M-%S";
-/// Name of the file that records the run: what it was given and how far it came.
+/// Name of the file that records the run: its arguments and its progress.
 pub const RECORD: &str = "hone.json";
 const LOCK: &str = ".hone.lock";
 /// Name of the file with one JSON line for each logged step and each evaluation.
@@ -31,7 +31,7 @@ pub const METRICS: &str = "metrics.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
 /// The page that explains the run.
 pub const REPORT: &str = "report.html";
-/// Folder of what trackers keep beside the results: TensorBoard's event files.
+/// Folder of the trackers' files beside the results: TensorBoard's event files.
 pub const TRACKERS: &str = "runs";
 /// The beginning of that page, by which hone knows its own.
 pub const REPORT_MARK: &str = "<!doctype html>\n<html lang=\"en\" data-hone=\"report\">";
@@ -39,7 +39,7 @@ pub const REPORT_MARK: &str = "<!doctype html>\n<html lang=\"en\" data-hone=\"re
 pub const REPORT_FACTS: &str = "report.json";
 /// The beginning of that file, by which hone knows its own.
 const REPORT_FACTS_MARK: &str = "{\n  \"hone\": \"";
-/// Speed and memory at each logged step: what differs from start to start, and so is no part of `metrics.jsonl`.
+/// Speed and memory at each logged step. They differ from start to start, so they are no part of `metrics.jsonl`.
 pub const TIMELINE: &str = "timeline.jsonl";
 /// Answers of base and tuned model to held-out rows at the end of the run, if `answers` is above 0.
 pub const ANSWERS: &str = "answers.json";
@@ -128,7 +128,7 @@ pub struct PushedImage {
 }
 
 impl Record {
-    /// The record of a folder that a run of hone wrote; `None` for any other folder.
+    /// Returns the record of a folder that a run of hone wrote; `None` for any other folder.
     ///
     /// # Errors
     /// Config: there is a hone.json that is no record.
@@ -136,7 +136,7 @@ impl Record {
         read_record(folder)
     }
 
-    /// The time of the run's first start.
+    /// Returns the time of the run's first start.
     pub fn started(&self) -> SystemTime {
         UNIX_EPOCH + Duration::from_secs(self.started)
     }
@@ -174,12 +174,12 @@ impl RunFolder {
         Ok(RunFolder { path: path.to_owned(), record, started, earlier, _lock: lock })
     }
 
-    /// The folder.
+    /// Returns the folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The time when this run was first started.
+    /// Returns the time when this run was first started.
     pub fn started(&self) -> SystemTime {
         UNIX_EPOCH + std::time::Duration::from_secs(self.started)
     }
@@ -254,7 +254,7 @@ impl RunFolder {
         Ok(())
     }
 
-    /// The name of what a run left, if it is of value.
+    /// Returns the name of a result of value that a run left, if there is one.
     fn kept(&self) -> Option<&'static str> {
         let exists = |name: &str| self.path.join(name).exists();
         let is_whole = |entry: fs::DirEntry| !entry.file_name().to_string_lossy().starts_with('.');
@@ -266,14 +266,14 @@ impl RunFolder {
         }
     }
 
-    /// The result of training, if an earlier start finished it.
+    /// Returns the result of training, if an earlier start finished it.
     pub fn trained(&self) -> Option<Trained> {
         let record = self.record.as_ref()?;
         let whole = WHOLE.iter().all(|name| self.path.join(name).exists());
         serde_json::from_value(record.trained.clone()?).ok().filter(|_| whole)
     }
 
-    /// The place of this run's checkpoints; creates the folder.
+    /// Returns the place of this run's checkpoints; creates the folder.
     pub fn checkpoints(&self) -> Result<Checkpoints> {
         let folder = self.path.join(CHECKPOINTS);
         fs::create_dir_all(&folder).map_err(|error| Fault::storage("create", &folder, &error))?;
@@ -318,7 +318,7 @@ impl RunFolder {
         self.record.is_none()
     }
 
-    /// The values that identify the run to which the folder belongs.
+    /// Returns the values that identify the run to which the folder belongs.
     pub fn fingerprint(&self) -> &str {
         self.record.as_ref().map_or("", |record| &record.fingerprint)
     }
@@ -416,7 +416,7 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
-/// The step of a line, and whether the line is the step's evaluation, which follows the step's own line.
+/// Returns the step of a line, and whether the line is the step's evaluation, which follows the step's own line.
 fn place_of(line: &str) -> Option<(u64, bool)> {
     let line: serde_json::Value = serde_json::from_str(line).ok()?;
     Some((line.get("step")?.as_u64()?, line.get("eval_loss").is_some()))
@@ -630,7 +630,7 @@ mod tests {
         });
     }
 
-    /// A file that cannot be read or removed is told, never taken for one that is not there.
+    /// A file that cannot be read or removed is reported, never taken for a missing one.
     #[test]
     fn what_stands_in_the_place_of_an_own_file_is_told() {
         let file = tempfile::NamedTempFile::new().unwrap();

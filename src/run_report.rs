@@ -34,7 +34,7 @@ const NOTES_MAX: usize = 400;
 /// The report's own state, and the reason if it failed.
 type Done = std::result::Result<(), String>;
 
-/// Passes everything on, and keeps what the page will tell.
+/// A sink that passes everything on and records the facts for the page.
 pub struct Recorder {
     sink: Arc<dyn Sink>,
     state: Mutex<State>,
@@ -53,7 +53,7 @@ struct State {
 }
 
 impl Recorder {
-    /// In front of `sink`.
+    /// Returns a recorder in front of `sink`.
     pub fn new(sink: Arc<dyn Sink>) -> Recorder {
         let state = State {
             story: Story::begin(now()),
@@ -70,7 +70,7 @@ impl Recorder {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Does something of the report's own; what fails is told once and changes nothing else.
+    /// Does a part of the report's work. A failure is reported once and changes nothing else.
     fn attempt(&self, doing: &str, work: impl FnOnce(&mut State) -> Done) {
         let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(&mut self.lock())));
         let why = match done {
@@ -99,7 +99,7 @@ impl Recorder {
                 self.lock().story.facts.insert(name.into(), value.clone());
             }
         }
-        // Before the long part: a run that is killed outright leaves what it was.
+        // The story is written before the long part, so that a run that is killed leaves it.
         if name == "memory plan" {
             self.attempt("kept", |state| state.keep());
         }
@@ -115,7 +115,7 @@ impl Recorder {
             });
             let written = file.write_all(format!("{line}\n").as_bytes());
             if written.is_err() {
-                state.timeline = None; // told once
+                state.timeline = None; // reported once
             }
             written.map_err(|error| error.to_string())
         });
@@ -141,11 +141,11 @@ impl Sink for Recorder {
 }
 
 impl State {
-    /// The run's own folder: continues the records that an earlier start of the same run left there.
+    /// Opens the run's folder, and continues the records that an earlier start of the same run left there.
     fn open(&mut self, told: &Json) -> Done {
         let Some(folder) = told["path"].as_str().map(PathBuf::from) else { return Ok(()) };
         self.story.facts.insert("fingerprint".into(), told["fingerprint"].clone());
-        // A story that cannot be read now is begun anew: a report stops no run.
+        // A story that cannot be read now is begun again: a report stops no run.
         if let Ok(Some(earlier)) = Story::read(&folder)
             && earlier.facts.get("fingerprint") == self.story.facts.get("fingerprint")
         {
@@ -169,7 +169,7 @@ impl State {
         whole::write(&folder.join(REPORT_FACTS), &text).map_err(Fault::in_a_line)
     }
 
-    /// The last word of this start: the facts and the page.
+    /// Writes the facts and the page at the end of this start.
     fn end(&mut self, fault: Option<&Fault>) -> Done {
         let Some(folder) = self.folder.clone() else { return Ok(()) };
         if std::mem::replace(&mut self.ended, true) {
@@ -204,7 +204,7 @@ fn now() -> u64 {
 }
 
 /// Makes the page of one folder of results, or one that compares several, and writes it: into `to`, else as
-/// `report.html` of the one folder, or as `comparison.html` here. Returns where it stands.
+/// `report.html` of the one folder, or as `comparison.html` here. Returns its path.
 ///
 /// # Errors
 /// Usage: a folder that holds no results of a run. Config: the folder of `to` is not there. Storage: a file cannot be read, or the page not be written.

@@ -40,7 +40,7 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// Settings of a server.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
-    /// How the server listens.
+    /// Options of the server's listener.
     pub server: server::Options,
     /// Name and source: a folder, `oci://IMAGE` or `hf://OWNER/NAME`.
     pub adapters: Vec<(String, String)>,
@@ -97,7 +97,7 @@ pub fn run(plan: &Serving, options: &Options, report: &Report) -> Result<()> {
     Ok(())
 }
 
-/// Answers `GET /v1/models` for whoever runs the server. Only its own network should reach the address.
+/// Answers `GET /v1/models` for the operator of the server. Only the server's own network should reach the address.
 fn status(address: SocketAddr, model: Arc<Model>, report: &Report) -> Result<endpoint::Server> {
     let answer: endpoint::Answer = Arc::new(move |asked| match asked.path {
         "/v1/models" => Reply::json(&server::models(&model)),
@@ -108,7 +108,7 @@ fn status(address: SocketAddr, model: Arc<Model>, report: &Report) -> Result<end
     Ok(server)
 }
 
-/// Names are told apart, and a mix has parts that are there.
+/// Checks that names differ and that the parts of a mix exist.
 fn check_names(plan: &Serving, options: &Options) -> Result<()> {
     let adapters = options.adapters.iter().map(|(name, _)| name);
     let names: Vec<&String> =
@@ -171,7 +171,7 @@ fn model(plan: &Serving, options: &Options, report: &Report) -> Result<Model> {
     }
     let defaults = Defaults::read(&folder, &tokenizer, chat.as_ref())?;
     let bring = bring(plan, report);
-    // A missing adapter is told before gigabytes are loaded.
+    // A missing adapter is reported before gigabytes are loaded.
     let adapters = options.adapters.iter().map(|(name, source)| Ok((name, source, bring(source)?)));
     let adapters = adapters.collect::<Result<Vec<_>>>()?;
     let machine = Machine::of(&device, plan.memory_limit);
@@ -232,8 +232,8 @@ fn engine(
     Engine::start(decoder, &sizes, description, report)
 }
 
-/// A folder as it is; images and repositories of the hub from the cache, fetched if they are not there. An image
-/// that names another base is refused.
+/// Returns a folder as it is; images and repositories of the hub from the cache, fetched if they are not there. An
+/// image that names another base is refused.
 fn bring(plan: &Serving, report: &Report) -> Bring {
     let (registry, source, report) = (plan.registry.clone(), plan.source.clone(), report.clone());
     let mut served = match &plan.base {
@@ -269,7 +269,7 @@ fn check_adapter_folder(folder: Option<&Path>) -> Result<()> {
     }
 }
 
-/// The sources that a request may name: a folder below `root`, no link out of it; an image of a registry; or
+/// Returns the sources that a request may name: a folder below `root`, no link out of it; an image of a registry; or
 /// hf://OWNER/NAME.
 fn confined(root: PathBuf, bring: Bring) -> Bring {
     Arc::new(move |source: &str| {

@@ -1,8 +1,8 @@
 //! Metrics of a run -> TensorBoard, MLflow, a Prometheus pushgateway, OpenTelemetry, a Kubeflow TrainJob.
 //!
-//! Each tracker has a thread and a bounded queue. The run puts a point into the queue and goes on; a point that
-//! finds the queue full is dropped and counted. What a tracker could not deliver is told once, at the end, and
-//! fails nothing.
+//! Each tracker has a thread and a bounded queue. The run puts a point into the queue and goes on; a point that finds
+//! the queue full is dropped and counted. Points that a tracker could not deliver are reported once, at the end, and do
+//! not fail the run.
 
 mod tensorboard;
 mod mlflow;
@@ -89,7 +89,7 @@ pub struct Point {
 }
 
 impl Point {
-    /// A moment without values.
+    /// Returns a moment without values.
     fn now() -> Point {
         Point { time: SystemTime::now(), step: 0, values: Vec::new(), steps: None, seconds_left: None }
     }
@@ -100,7 +100,7 @@ impl Point {
     }
 }
 
-/// How a run ended.
+/// The end of a run.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct End {
     /// Whether the run ended with a fault.
@@ -112,7 +112,7 @@ pub struct End {
 /// A place that metrics go to. Called from the tracker's own thread only.
 trait Tracker: Send {
     fn name(&self) -> &'static str;
-    /// Settings of the run, once, before any point.
+    /// Receives the settings of the run, once, before any point.
     fn begin(&mut self, _settings: &[(String, String)]) -> std::result::Result<(), String> {
         Ok(())
     }
@@ -157,8 +157,9 @@ impl Options {
             && self.kubeflow.is_none()
     }
 
-    /// Adds what only the environment says: secrets (MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and
-    /// MLFLOW_TRACKING_PASSWORD, and OTEL_EXPORTER_OTLP_HEADERS), and what Kubeflow's controller gives a pod.
+    /// Adds values that only the environment has: secrets (MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and
+    /// MLFLOW_TRACKING_PASSWORD, and OTEL_EXPORTER_OTLP_HEADERS), and the variables that Kubeflow's controller sets in
+    /// a pod.
     pub fn with_secrets(mut self, environment: &dyn Fn(&str) -> Option<String>) -> Options {
         let text = |name: &str| environment(name).filter(|text| !text.is_empty());
         if let Some(mlflow) = &mut self.mlflow {
@@ -232,8 +233,8 @@ impl Trackers {
         self.running.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Tells the trackers how the run ended and waits for them, all together no longer than the grace. What was
-    /// lost is a warning.
+    /// Sends the end of the run to the trackers and waits for them, for no longer than the grace in all. Lost points
+    /// are a warning.
     pub fn finish(&self, end: &End) {
         self.finish_within(end, GRACE);
     }
@@ -337,7 +338,7 @@ impl Outcome {
 }
 
 /// Takes points until no more can come. After a failure the same points are tried once more with the next ones; a
-/// tracker that fails again pauses, and what waits too long is lost.
+/// tracker that fails again pauses, and points that wait too long are lost.
 fn work(
     tracker: &mut dyn Tracker,
     settings: &[(String, String)],
@@ -367,7 +368,7 @@ fn work(
     }
 }
 
-/// Adds what comes within a while; false if nothing can come any more.
+/// Adds the points that come within a while; false if none can come any more.
 fn collect(points: &Receiver<Point>, batch: &mut Vec<Point>) -> bool {
     let (until, most) = (Instant::now() + COLLECT, batch.len() + BATCH_POINTS);
     loop {
@@ -403,7 +404,7 @@ fn post(
     Ok(serde_json::from_slice(&body).unwrap_or(Json::Null))
 }
 
-/// A folder for what trackers keep beside the results.
+/// Returns the folder for trackers' files beside the results.
 pub fn folder(output: &Path) -> PathBuf {
     output.join(crate::run_folder::TRACKERS)
 }

@@ -136,7 +136,7 @@ fn question(prompt: &str, options: &Options, chat: Option<&Chat>, tokenizer: &To
 }
 
 impl Trial {
-    /// For people: in two columns if a line has room for them. `columns` is the width of a terminal.
+    /// Returns the text for people, in two columns if a line has room for them. `columns` is the width of a terminal.
     pub fn text(&self, columns: Option<usize>) -> String {
         let mut text = self.tuned.text();
         if let Some(rows) = &self.rows {
@@ -148,7 +148,7 @@ impl Trial {
         text
     }
 
-    /// For machines.
+    /// Returns JSON for machines.
     pub fn json(&self) -> Json {
         let mut json = self.tuned.json();
         json["rows"] = self.rows.as_ref().map_or(Json::Null, Rows::json);
@@ -157,7 +157,7 @@ impl Trial {
     }
 }
 
-/// One pair as lines.
+/// Returns one pair as lines.
 pub fn shown(pair: &Pair, columns: Option<usize>) -> String {
     let question = &pair.question;
     let place = question.place.as_ref().map_or(String::new(), |place| format!(" ({place})"));
@@ -182,7 +182,7 @@ pub fn shown(pair: &Pair, columns: Option<usize>) -> String {
     }
 }
 
-/// Control characters could change the terminal.
+/// Replaces control characters, which could change the terminal.
 fn clean(text: &str) -> String {
     let text = text.replace("\r\n", "\n").replace('\t', TAB);
     text.chars().map(|c| if c.is_control() && c != '\n' { '\u{fffd}' } else { c }).collect()

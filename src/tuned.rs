@@ -1,7 +1,7 @@
-//! A finished adapter and what was asked -> its base, its configuration and rows to look at, as its run had them.
+//! A finished adapter and the user's arguments -> its base, its configuration and rows to look at, as its run had them.
 //!
-//! A run's folder remembers what the run was given (`plan/asked.rs`); whatever the command line says comes before
-//! it. Images and folders of other tools remember nothing: their base and data are named on the command line.
+//! A run's folder records the run's arguments (`plan/asked.rs`); the command line overrides them. Images and folders of
+//! other tools have no such record, so that the command line must name their base and data.
 
 use std::path::{Path, PathBuf};
 
@@ -42,8 +42,8 @@ pub struct Named {
 }
 
 impl Named {
-    /// A folder, or `oci://IMAGE`, each with or without `:STRENGTH` behind it. A folder that is there is taken as it is
-    /// written; the tag of an image is no strength.
+    /// Returns a folder, or `oci://IMAGE`, each with or without `:STRENGTH` behind it. A folder that is there is taken
+    /// as it is written; the tag of an image is no strength.
     ///
     /// # Errors
     /// Usage: the strength is no number from -16 to 16.
@@ -68,9 +68,9 @@ impl Named {
 /// The rows that a command reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Split {
-    /// Those that the configuration holds out.
+    /// The rows that the configuration holds out.
     Evaluation,
-    /// Those that train.
+    /// The rows that train.
     Train,
     /// Every row.
     All,
@@ -111,9 +111,9 @@ impl Trained {
 
 /// One adapter of the sum.
 pub struct Member {
-    /// As it was named.
+    /// The adapter as the user named it.
     pub named: Named,
-    /// Its files.
+    /// The folder of the adapter's files.
     pub folder: PathBuf,
     /// The content of the files.
     pub adapter: Adapter,
@@ -129,18 +129,18 @@ pub struct Tuned {
     pub record: Option<Record>,
     /// The base.
     pub facts: Facts,
-    /// How the base is held, as in the run.
+    /// The storage of the base, as in the run.
     pub model: model::Options,
     spec: Spec,
     /// Adapters that were pulled lie here.
     _pulled: Option<tempfile::TempDir>,
 }
 
-/// Rows with what they are.
+/// Rows, and their origin.
 pub struct Rows {
     /// The rows.
     pub records: Vec<dataset::Record>,
-    /// Their tokens; rows with nothing to learn are left out.
+    /// The tokens of the rows; rows with nothing to learn are left out.
     pub encoded: Vec<EncodedRow>,
     /// Files of the data.
     pub files: Vec<String>,
@@ -161,7 +161,7 @@ pub struct Sum {
 }
 
 impl Sum {
-    /// All adapters on all rows of a batch.
+    /// Returns all adapters on all rows of a batch.
     pub fn on(&self, rows: usize) -> Mixture<'_> {
         let parts = self.pairs.iter().zip(&self.strengths);
         Mixture::new(parts.map(|(adapter, &strength)| Part { adapter, rows: 0..rows, strength }).collect())
@@ -169,7 +169,7 @@ impl Sum {
 }
 
 impl Tuned {
-    /// Brings the adapters, reads what the first one's run was given, and resolves it with what is asked now.
+    /// Fetches the adapters, reads the arguments of the first one's run, and resolves them with the arguments of now.
     ///
     /// # Errors
     /// Config: an adapter or the base is not named or not there. Model: an adapter that is none of the base.
@@ -219,7 +219,7 @@ impl Tuned {
         Ok(tuned)
     }
 
-    /// The model's tokenizer, with the time of the run for templates that print it.
+    /// Returns the model's tokenizer, with the time of the run for templates that print it.
     pub fn tokenizer(&self) -> Result<Tokenizer> {
         let tokenizer = Tokenizer::open(&self.plan.model.folder)?;
         job::fits_vocabulary(&tokenizer, &self.facts)?;
@@ -230,17 +230,17 @@ impl Tuned {
         })
     }
 
-    /// The template of the training.
+    /// Returns the template of the training.
     pub fn chat(&self, tokenizer: &Tokenizer) -> Result<Option<Chat>> {
         Chat::of(tokenizer, self.plan.tokens.chat_template.as_deref())
     }
 
-    /// How the model generates, and what ends it.
+    /// Returns the defaults of generation, and the tokens that end an answer.
     pub fn defaults(&self, tokenizer: &Tokenizer, chat: Option<&Chat>) -> Result<Defaults> {
         Defaults::read(&self.plan.model.folder, tokenizer, chat)
     }
 
-    /// The adapters' pairs for this base.
+    /// Returns the adapters' pairs for this base.
     pub fn sum(&self, dtype: DType, device: &Device) -> Result<Sum> {
         let pairs = self.members.iter().map(|member| {
             let pairs = member.adapter.pairs(&self.facts, dtype, dtype, device);
@@ -250,7 +250,7 @@ impl Tuned {
         Ok(Sum { pairs: pairs.collect::<Result<_>>()?, strengths })
     }
 
-    /// The base, held as in the run.
+    /// Returns the base, held as in the run.
     pub fn decoder(&self, device: &Device, report: &Report) -> Result<Decoder> {
         fetch::weights(&self.plan.base, self.plan.access(), report)?;
         let home = self.home(device);
@@ -264,7 +264,7 @@ impl Tuned {
         load::load_at(&home, self.facts.clone(), &self.model, device, report)
     }
 
-    /// Host memory if the base does not fit on a GPU.
+    /// Returns the host memory if the base does not fit on a GPU.
     fn home(&self, device: &Device) -> Home {
         let task = Task {
             facts: self.facts.clone(),
@@ -284,7 +284,7 @@ impl Tuned {
         let plan = memory::solve(&task, &Machine::of(device, self.plan.memory.limit));
         match plan.map(|plan| plan.residency) {
             Ok(Residency::Streamed) => Home::Host,
-            // If nothing fits, loading says what is missing.
+            // If nothing fits, loading reports the missing memory.
             _ => Home::Device,
         }
     }
@@ -303,7 +303,7 @@ impl Tuned {
         self.spec.get(section, key).is_some_and(|given| !remembered(&given.origin))
     }
 
-    /// Rows of the data, at most `limit`, encoded as the training encodes them.
+    /// Returns rows of the data, at most `limit`, encoded as the training encodes them.
     ///
     /// # Errors
     /// Config: no data is named or recorded, or the wanted part of it is empty.
@@ -360,7 +360,7 @@ impl Tuned {
         Fault::config(format!("no rows: {name}: {why}")).help("name data with --data FILE")
     }
 
-    /// The files that the run trained from: all, some or none; `None` if nothing is recorded.
+    /// Returns the files that the run trained from: all, some or none; `None` if nothing is recorded.
     fn same(&self, files: &[source::File]) -> Option<Trained> {
         let record = self.record.as_ref()?;
         let known = |file: &&source::File| record.data.iter().any(|other| other.sha256 == file.sha256);
@@ -418,7 +418,7 @@ impl Tuned {
         }
     }
 
-    /// `NF4, scales quantised too`
+    /// Returns the format, such as `NF4, scales quantised too`.
     pub fn base_format(&self) -> String {
         match self.model.quantization {
             Quantization::None => "as the checkpoint has it".into(),
@@ -429,7 +429,7 @@ impl Tuned {
         }
     }
 
-    /// The adapter that is read, for machines.
+    /// Returns the adapter that is read, for machines.
     pub fn json(&self) -> Json {
         let member =
             |member: &Member| json!({"source": member.named.source, "strength": member.named.strength});
@@ -440,7 +440,7 @@ impl Tuned {
         })
     }
 
-    /// The same in two lines.
+    /// Returns the same in two lines.
     pub fn text(&self) -> String {
         let member = |member: &Member| match member.named.strength == 1.0 {
             true => member.named.source.clone(),
@@ -457,7 +457,7 @@ impl Tuned {
 }
 
 impl Rows {
-    /// `12 of 20 held-out rows of rows.parquet; the adapter was not trained on them`
+    /// Returns a line such as `12 of 20 held-out rows of rows.parquet; the adapter was not trained on them`.
     pub fn told(&self) -> String {
         let part = match self.split {
             Split::Evaluation => "held-out rows",
@@ -472,7 +472,7 @@ impl Rows {
         format!("{} of {} {part} of {files}; {}", self.records.len(), self.of, self.trained.told())
     }
 
-    /// For machines.
+    /// Returns JSON for machines.
     pub fn json(&self) -> Json {
         let split = match self.split {
             Split::Evaluation => "evaluation",
@@ -499,7 +499,7 @@ fn is_image(source: &str) -> bool {
     source.starts_with("oci:")
 }
 
-/// An adapter's folder, if it is there.
+/// Returns an adapter's folder, if it is there.
 fn there(source: &str) -> Result<PathBuf> {
     let folder = PathBuf::from(source);
     if folder.join(adapter::CONFIG_FILE).is_file() {
@@ -513,7 +513,7 @@ fn there(source: &str) -> Result<PathBuf> {
         .help("name the folder of an adapter (a run's output, or any PEFT folder), or oci://IMAGE"))
 }
 
-/// Folders as they are; images pulled into a folder that goes with the command.
+/// Returns folders as they are, and images pulled into a folder that is removed with the command.
 fn bring(
     adapters: &[Named],
     registry: &registry::Options,
@@ -538,7 +538,7 @@ fn bring(
     Ok((folders, pulled))
 }
 
-/// The record's keys as settings, which everything else wins over.
+/// Returns the record's keys as settings, which everything else wins over.
 ///
 /// # Errors
 /// Config: a key that no run records.
@@ -568,7 +568,7 @@ fn remembered(origin: &Origin) -> bool {
     matches!(origin, Origin::File { name, .. } if Path::new(name).file_name().is_some_and(|name| name == "hone.json"))
 }
 
-/// A base that is not named: says what the adapter knows of it.
+/// Replaces the fault of a base that is not named by one with the base's name in the adapter's configuration.
 fn without_base(fault: Fault, spec: &Spec, recorded: bool, source: &str) -> Fault {
     let named = spec.get(Section::Hone, "model").is_some()
         || spec.get(Section::ModelConfig, "pretrained_model_name_or_path").is_some();

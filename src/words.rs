@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use jiff::civil;
 
-/// Bytes in powers of 1024: `0 B`, `1.5 KiB`, `12.0 GiB`.
+/// Returns bytes in powers of 1024: `0 B`, `1.5 KiB`, `12.0 GiB`.
 pub fn size(bytes: u64) -> String {
     let powers = [(60, "EiB"), (50, "PiB"), (40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
     match powers.into_iter().find(|(shift, _)| bytes >> shift > 0) {
@@ -14,7 +14,7 @@ pub fn size(bytes: u64) -> String {
     }
 }
 
-/// A count in words: `134,515,008` is `134.5 million`. Below a million all digits are written.
+/// Returns a count in words: `134,515,008` is `134.5 million`. Below a million all digits are written.
 pub fn count(number: u64) -> String {
     match number {
         0..1_000_000 => number.to_string(),
@@ -23,7 +23,8 @@ pub fn count(number: u64) -> String {
     }
 }
 
-/// A rate per second with the prefix that leaves one to three digits before the point: `2.9 TB/s`, `2.1 GFLOP/s`.
+/// Returns a rate per second with the prefix that leaves one to three digits before the point: `2.9 TB/s`, `2.1
+/// GFLOP/s`.
 pub fn rate(per_second: f64, unit: &str) -> String {
     let prefixes = [(1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")];
     match prefixes.into_iter().find(|(one, _)| per_second >= *one) {
@@ -32,7 +33,7 @@ pub fn rate(per_second: f64, unit: &str) -> String {
     }
 }
 
-/// The first items, and the number of the others: `q, k, v and 4 more`.
+/// Returns the first items, and the number of the others: `q, k, v and 4 more`.
 pub fn list(items: &[impl Display], most: usize) -> String {
     let shown = items.len().min(most);
     let text = items[..shown].iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
@@ -58,7 +59,7 @@ pub fn base64(bytes: &[u8]) -> String {
     bytes.chunks(3).map(group).collect()
 }
 
-/// A time in UTC by a `strftime` format (the conversions of `jiff::fmt::strtime`). A time that no calendar of
+/// Returns a time in UTC by a `strftime` format (the conversions of `jiff::fmt::strtime`). A time that no calendar of
 /// four-digit years holds is written as 1970-01-01.
 pub fn date(time: SystemTime, format: &str) -> String {
     let epoch = civil::date(1970, 1, 1).at(0, 0, 0, 0);

@@ -73,7 +73,7 @@ fn ask(running: &Running, path: &str, body: &Value) -> (u16, String) {
     (head.split(' ').nth(1).unwrap().parse().unwrap(), body)
 }
 
-/// The content of a body in chunks.
+/// Returns the content of a body in chunks.
 fn unchunked(mut body: &str) -> String {
     let mut text = String::new();
     while let Some((size, rest)) = body.split_once("\r\n") {
@@ -98,8 +98,8 @@ fn scores(answer: &Value) -> Vec<f64> {
     list[1..].iter().map(|score| score.as_f64().unwrap()).collect()
 }
 
-/// What `/v1/models` says once the server has looked at this text of its file: ids, the default, and why the file
-/// is refused.
+/// Returns the answer of `/v1/models` once the server has read this text of its file: ids, the default, and why the
+/// file is refused.
 fn looked_at(running: &Running, text: &str) -> (Vec<String>, String, Option<String>) {
     let digest = hone::serving::live::file_digest(text);
     let end = Instant::now() + Duration::from_secs(90);
@@ -117,7 +117,7 @@ fn looked_at(running: &Running, text: &str) -> (Vec<String>, String, Option<Stri
     }
 }
 
-/// The status address tells what is served without the key that everything else asks for, and nothing more.
+/// The status address shows the served adapters without the key that all other addresses need, and nothing more.
 #[test]
 fn the_status_address_asks_for_no_key() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();

@@ -1,4 +1,5 @@
-//! `hone eval`, `hone try` and `hone merge`, the real program on a run's results: what they tell, write, and refuse.
+//! `hone eval`, `hone try` and `hone merge`, the real program on a run's results: their output, their files, and their
+//! refusals.
 
 #[path = "support/job.rs"]
 mod job;
@@ -6,7 +7,7 @@ mod job;
 use job::{Ended, Work};
 use serde_json::Value;
 
-/// A finished run of the example, with answers of two held-out rows.
+/// Returns a finished run of the example, with answers of two held-out rows.
 fn trained() -> Work {
     let work = Work::new();
     work.done(&["example", "try", "--write-only"]);
@@ -222,7 +223,7 @@ fn a_merge_into_the_trainings_weights_keeps_the_loss() {
     assert!(difference.abs() <= 0.01, "{line}");
 }
 
-/// DoRA and trained tokens: what was trained is what is evaluated, generated with, and merged.
+/// DoRA's magnitudes and trained tokens are evaluated, used in generation, and merged as they were trained.
 #[test]
 fn magnitudes_and_trained_tokens_go_all_the_way() {
     let work = Work::new();
@@ -312,7 +313,7 @@ fn what_is_missing_or_wrong_is_told_with_its_code() {
     work.write("rows.jsonl", "{\"text\": 3}\n");
     refused(&work, 11, "rows.jsonl", &["eval", "adapter", "--model", "model", "--data", "rows.jsonl"]);
     assert!(work.list("m").is_empty() && !work.list(".").contains(&".m.partial".into()));
-    // The same with what was missing.
+    // The same with the missing argument.
     let model = ["--model", "model", "--data", "data.parquet", "--rows", "2", "--generate", "0"];
     let found = work.done(&[&["eval", "adapter"], &model[..]].concat()).stdout;
     assert!(found.contains("no record says if"), "{found}");

@@ -31,7 +31,7 @@ fn what_cannot_be_printed_whole_is_a_fault_and_a_reader_may_go() {
     }
 }
 
-/// clap fills empty lines of an option's help with blanks.
+/// Returns the help without blanks at the ends of lines, since clap fills empty lines of an option's help with them.
 fn help(arguments: &[&str]) -> String {
     let text = Work::new().done(arguments).stdout;
     text.lines().map(|line| format!("{}\n", line.trim_end())).collect()
@@ -573,7 +573,7 @@ fn no_canary_said(ended: &Ended) {
     no_canary("stderr", ended.stderr.as_bytes());
 }
 
-/// Every file below the folder.
+/// Checks every file below the folder.
 fn no_canary_below(folder: &Path) {
     for entry in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
         no_canary("a file name", entry.to_string_lossy().as_bytes());

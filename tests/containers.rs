@@ -32,7 +32,7 @@ fn told(name: &str, content: &[u8]) -> String {
     fault.to_string()
 }
 
-/// Rows of prompts and answers, long enough to fill several batches.
+/// Returns rows of prompts and answers, long enough to fill several batches.
 fn pairs() -> Vec<(String, String)> {
     (0..700).map(|row| (format!("question {row},\n\"é\" 日"), format!("answer {row}"))).collect()
 }

@@ -1,7 +1,8 @@
-//! `hone controller` against an API server: what it makes, what it tells, what it leaves alone.
+//! `hone controller` against an API server: the objects that it creates, its reports, and the objects that it leaves
+//! alone.
 //!
-//! The server is tests/support/api_server.rs; the tests play Job controller and kubelet on it. Where KUBECONFIG names a
-//! real cluster, `a_real_cluster_gives_the_same` does there what needs no part played.
+//! The server is tests/support/api_server.rs; the tests play Job controller and kubelet on it. If KUBECONFIG names a
+//! real cluster, `a_real_cluster_gives_the_same` repeats there the parts that need no acting.
 
 #[path = "support/api_server.rs"]
 mod api_server;
@@ -110,7 +111,7 @@ fn state(server: &ApiServer, name: &str, wanted: &str) -> Value {
     })
 }
 
-/// `status reason message` of a condition.
+/// Returns `status reason message` of a condition.
 fn condition(workspace: &Value, name: &str) -> String {
     let conditions = workspace["status"]["conditions"].as_array().cloned().unwrap_or_default();
     let found = conditions.iter().find(|condition| condition["type"] == name).cloned().unwrap_or_default();
@@ -143,7 +144,7 @@ fn wait_message(server: &ApiServer, name: &str, part: &str) -> Value {
     })
 }
 
-/// A pod of the Job, with the state of its container, as the kubelet tells it.
+/// Writes a pod of the Job, with the state of its container, as the kubelet reports it.
 fn pod(server: &ApiServer, name: &str, suffix: &str, state: Value) {
     let job = job(server, name);
     server.put("pods", json!({
@@ -575,7 +576,7 @@ fn one_leads_and_the_next_takes_over() {
     assert_eq!(ended.unwrap_err().kind, Kind::Interrupted);
 }
 
-/// D2: a server that was away, and one that stands still.
+/// An API server that was away, and one that stands still.
 #[test]
 fn seconds_after_the_server_is_back_new_workspaces_are_seen() {
     let (server, _running) = controlled();
@@ -599,7 +600,7 @@ fn seconds_after_the_server_is_back_new_workspaces_are_seen() {
     job(&server, "again");
 }
 
-/// D11, D12: the lead is given up in time, and the reason is the true one.
+/// The lead is given up in time, and the reason is the true one.
 #[test]
 fn a_leader_whose_server_hangs_stops_and_says_why() {
     let server = ApiServer::start().without("nodeclaims").without("nodepools");
@@ -616,12 +617,12 @@ fn a_leader_whose_server_hangs_stops_and_says_why() {
     );
 }
 
-/// `/readyz` of a running controller.
+/// Requests `/readyz` of a running controller.
 fn readyz(address: std::net::SocketAddr) -> String {
     read(address, "/readyz")
 }
 
-/// The answers of a running controller to GET.
+/// Returns the answers of a running controller to GET.
 fn read(address: std::net::SocketAddr, path: &str) -> String {
     use std::io::{Read, Write};
     let mut text = String::new();
@@ -643,7 +644,7 @@ fn readyz_knows_whether_workspaces_can_be_listed() {
     server.wait("ready again", |_| readyz(free).starts_with("HTTP/1.1 200").then_some(()));
 }
 
-/// D3: whatever the API server says against a Job is in the status and an Event, and mending it is enough.
+/// Every refusal of a Job by the API server is in the status and an Event, and mending its cause is enough.
 #[test]
 fn what_the_server_refuses_is_told_and_can_be_mended() {
     let (server, _running) = controlled();
@@ -675,7 +676,7 @@ fn what_the_server_refuses_is_told_and_can_be_mended() {
     assert_eq!(job(&server, "v")["metadata"]["uid"], first["metadata"]["uid"]);
 }
 
-/// Label syntax, users and names that the API server would refuse are told before it is asked.
+/// Label syntax, users and names that the API server would refuse are reported before a request.
 #[test]
 fn mistakes_of_syntax_are_told_in_one_line() {
     let (server, _running) = controlled();
@@ -695,7 +696,7 @@ fn mistakes_of_syntax_are_told_in_one_line() {
     assert!(said.contains("2 mistakes in the Workspace: resource.labelSelector"), "{said}");
 }
 
-/// D4: what only Events say.
+/// Reasons that only Events have.
 #[test]
 fn a_pod_that_cannot_be_made_or_mounted_says_why() {
     let (server, _running) = controlled();
@@ -738,7 +739,7 @@ fn a_pod_that_cannot_be_made_or_mounted_says_why() {
     });
 }
 
-/// D5, D6: claims that are gone, that leave, and that are to be others.
+/// Claims that are gone, that are being deleted, and that must be replaced.
 #[test]
 fn a_node_that_is_gone_is_asked_for_again() {
     let server = ApiServer::start();
@@ -822,7 +823,7 @@ fn what_is_refused_costs_no_node() {
     });
 }
 
-/// D7, D9: Karpenter and KAITO come and go while the controller runs.
+/// Karpenter and KAITO are installed and removed while the controller runs.
 #[test]
 fn who_else_is_there_is_noticed() {
     let server = ApiServer::start().without("nodeclaims").without("nodepools");
@@ -843,7 +844,7 @@ fn who_else_is_there_is_noticed() {
     job(&server, "v");
 }
 
-/// D8.
+/// A Job of somebody else blocks the name until it is gone.
 #[test]
 fn a_foreign_job_that_goes_frees_the_name() {
     let (server, _running) = controlled();
@@ -861,7 +862,7 @@ fn a_foreign_job_that_goes_frees_the_name() {
     state(&server, "taken", "Pending");
 }
 
-/// D13: no flicker and no false words between two states.
+/// Between two states, the status neither flickers nor has a wrong message.
 #[test]
 fn states_do_not_flicker() {
     let (server, _running) = controlled();
@@ -887,7 +888,7 @@ fn states_do_not_flicker() {
     assert_eq!(pendings, 1);
 }
 
-/// D14: Events have their own notes, of bytes that the server takes; a default of v1alpha1 is no change.
+/// Every Event has its own note, within the server's limit of bytes. A default of v1alpha1 is no change.
 #[test]
 fn events_are_their_own_and_versions_defaults_are_no_change() {
     let (server, _running) = controlled();
@@ -955,7 +956,7 @@ fn ends_that_nobody_saw() {
     state(&server, "there", "Succeeded");
     state(&server, "gone", "Succeeded");
     assert!(server.get("jobs", NAMESPACE, "gone").is_none(), "it is not trained again");
-    // D15: the next controller counts what is over without a Job too, and what serves.
+    // The next controller also counts Workspaces that are over without a Job, and those that serve.
     running.stop().unwrap();
     server.put("workspaces", serving("chat", json!([])));
     let _running = start(server.config(), |options| options.address = free);
@@ -968,7 +969,8 @@ fn ends_that_nobody_saw() {
     });
 }
 
-/// A namespace that ends takes no new objects: nobody is told, and it is not asked again and again.
+/// A namespace that is being deleted takes no new objects. No status reports this, and requests are not repeated again
+/// and again.
 #[test]
 fn a_namespace_that_ends_is_left_in_peace() {
     let (server, _running) = controlled();
@@ -1014,7 +1016,7 @@ impl Process {
         Process { child, _folder: folder }
     }
 
-    /// Megabytes that the process had at most, by the kernel's count.
+    /// Returns the megabytes that the process had at most, by the kernel's count.
     fn peak(&self) -> usize {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
@@ -1117,7 +1119,7 @@ fn set_ready(server: &ApiServer, name: &str, ready: i32) {
     server.merge("statefulsets", NAMESPACE, name, &json!({"status": status}));
 }
 
-/// The adapters that the servers of a Workspace are given.
+/// Returns the adapters that the servers of a Workspace are given.
 fn told(server: &ApiServer, name: &str) -> Value {
     let map = server.get("configmaps", NAMESPACE, &format!("{name}-adapters")).unwrap();
     serde_json::from_str(map["data"]["adapters.json"].as_str().unwrap()).unwrap()
@@ -1163,7 +1165,7 @@ fn a_workspace_that_serves_becomes_a_server_and_its_state() {
     set_ready(&server, "chat", 0);
     state(&server, "chat", "NotReady");
 
-    // Another strength changes what the servers are told, and no pod; a wrong one changes nothing.
+    // Another strength changes the servers' ConfigMap, and no pod; a wrong one changes nothing.
     let before = server.get("statefulsets", NAMESPACE, "chat").unwrap();
     let adapters = |strength: &str| json!({"inference": {"adapters": [{"source": {"name": "support", "image": "h.example/adapter:1"}, "strength": strength}]}});
     server.merge("workspaces", NAMESPACE, "chat", &adapters("0.5"));
@@ -1271,7 +1273,7 @@ impl Asked {
         asked
     }
 
-    /// As the server answers that has taken what the ConfigMap says, or not.
+    /// Makes the server answer as one that has applied the ConfigMap, or has not.
     fn take(&self, server: &ApiServer, name: &str, refused: Option<&str>, digest: &str) {
         let map = server.get("configmaps", NAMESPACE, &format!("{name}-adapters")).unwrap();
         let file = hone::serving::live::file_digest(map["data"]["adapters.json"].as_str().unwrap());
@@ -1350,7 +1352,7 @@ fn adapters_change_while_servers_go_on() {
     asked[1].take(&server, "chat", None, "sha256:aa");
     wait_adapters(&server, "chat", "True AdaptersAnswer support of h.example/adapter:1 (sha256:aa) at 0.5");
 
-    // An adapter of another base: the server says so, and what was there before goes on.
+    // The server reports an adapter of another base, and its earlier adapters go on.
     let other =
         json!({"inference": {"adapters": [{"source": {"name": "support", "image": "h.example/other:1"}}]}});
     server.merge("workspaces", NAMESPACE, "chat", &other);
@@ -1428,7 +1430,7 @@ fn warn(server: &ApiServer, about: &Value, reason: &str, message: &str) {
     );
 }
 
-/// A server's pod, as the kubelet and the scheduler tell it.
+/// Returns a server's pod, as the kubelet and the scheduler report it.
 fn server_pod(server: &ApiServer, name: &str, status: Value) -> Value {
     let set = server.get("statefulsets", NAMESPACE, name).unwrap();
     let pod = format!("{name}-0");
@@ -1456,7 +1458,7 @@ fn wait_inference(server: &ApiServer, name: &str, part: &str) -> Value {
     })
 }
 
-/// D4 for servers: pods that cannot be made, mounted, pulled, scheduled or started say why, in KAITO's reasons.
+/// The status says why pods of servers cannot be created, mounted, pulled, scheduled or started, with KAITO's reasons.
 #[test]
 fn a_server_that_does_not_begin_says_why() {
     let (server, _running) = controlled();
@@ -1529,7 +1531,7 @@ fn a_server_that_does_not_begin_says_why() {
         server_pod(&server, "chat", status);
         wait_inference(&server, "chat", told);
     }
-    // It loads: nothing of before is told any more, and the node that it has is not kept when it goes.
+    // The server loads. Earlier reports are gone, and its node does not stay in the status when the pod goes.
     server_pod(&server, "chat", container_state("chat", json!({"running": {}}), json!({})));
     wait_inference(
         &server,
@@ -1547,7 +1549,7 @@ fn a_server_that_does_not_begin_says_why() {
     nodes(Value::Null);
 }
 
-/// Whatever somebody deletes or changes of a server's objects is as it was a moment later, and then all is at rest.
+/// Every object of a server that somebody deletes or changes is restored a moment later, and then all is at rest.
 #[test]
 fn what_is_changed_of_a_server_is_put_right() {
     let server = ApiServer::start().without("nodeclaims").without("nodepools");
@@ -1618,7 +1620,7 @@ fn what_is_changed_of_a_server_is_put_right() {
     assert!(text.contains("is repaired"), "{text}");
 }
 
-/// D8 for servers: objects of somebody else are not touched, nothing is made beside them, and their end is noticed.
+/// For servers, objects of somebody else are not touched, nothing is created beside them, and their end is noticed.
 #[test]
 fn names_that_are_taken_are_told_and_waited_for() {
     let (server, _running) = controlled();
@@ -1676,7 +1678,8 @@ fn a_server_needs_a_name_that_all_its_objects_can_have() {
     job(&server, &"b".repeat(63));
 }
 
-/// KAITO's webhook refuses it; without one, what was there goes on, and turning back is enough.
+/// KAITO's webhook refuses such a change. Without a webhook, the earlier objects go on, and undoing the change is
+/// enough.
 #[test]
 fn what_tunes_cannot_become_what_serves() {
     let (server, _running) = controlled();
@@ -1717,8 +1720,8 @@ fn what_tunes_cannot_become_what_serves() {
     assert!(server.list("jobs").is_empty());
 }
 
-/// D1 by kind: neither a replaced Workspace, nor a mistake that is taken back, nor another of the same name is taken
-/// for what it is not.
+/// A finished Workspace stays finished if it is replaced, or edited to something invalid and back. Another Workspace of
+/// its name is a new one.
 #[test]
 fn what_is_over_stays_over_whatever_is_written() {
     let (server, _running) = controlled();
@@ -1757,7 +1760,8 @@ fn what_is_over_stays_over_whatever_is_written() {
     assert_eq!(made(), before, "it is not trained again");
     assert_eq!(server.get("workspaces", NAMESPACE, "w").unwrap()["status"]["state"], "Succeeded");
 
-    // Deleted and applied again from what `kubectl get -o yaml` printed, before the collector has seen it.
+    // The Workspace is deleted and applied again from the output of `kubectl get -o yaml`, before the collector has
+    // seen it.
     let mut printed = server.get("workspaces", NAMESPACE, "w").unwrap();
     for field in ["uid", "creationTimestamp", "resourceVersion", "generation"] {
         printed["metadata"].as_object_mut().unwrap().remove(field);
@@ -1807,7 +1811,8 @@ fn a_finalizer_that_is_removed_by_hand_leaves_no_node() {
     server.wait("no claim", |server| server.list("nodeclaims").is_empty().then_some(()));
 }
 
-/// Refusals of a server's objects are told, and what is mended in the cluster goes on by itself.
+/// Refusals of a server's objects are reported. When the cause is mended in the cluster, the controller goes on by
+/// itself.
 #[test]
 fn a_quota_against_a_server_is_told() {
     let (server, _running) = controlled();
@@ -1828,7 +1833,7 @@ fn a_quota_against_a_server_is_told() {
     wait_inference(&server, "chat", "0 of 1 servers are");
 }
 
-/// An API server that fails again and again is told, in a server's own words, and no end is forgotten for it.
+/// Repeated failures of the API server are reported in the server's own words, and no end is forgotten because of them.
 #[test]
 fn errors_that_repeat_are_told_and_undo_no_end() {
     let server = ApiServer::start().without("nodeclaims").without("nodepools");
@@ -1900,7 +1905,7 @@ fn what_was_pushed_is_served_on() {
     assert!(serves(&server, first).is_some(), "servers go on with it");
 }
 
-/// The configuration of KAITO's servers: what has a meaning here is a flag, the rest is told once.
+/// The configuration of KAITO's servers: settings that have a meaning here become flags, the others are reported once.
 #[test]
 fn a_server_follows_its_configuration() {
     let (server, _running) = controlled();
@@ -2018,13 +2023,13 @@ fn servers_get_a_node_each() {
     server.wait("none", |server| claims(server).is_empty().then_some(()));
 }
 
-/// A port of this machine that was free just now.
+/// Returns a port of this machine that was free just now.
 fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-/// What the webhook answers to an AdmissionReview over TLS, as the API server asks: by the Service's name, and trusting
-/// only the bundle of the ValidatingWebhookConfiguration. Or curl's words.
+/// Returns the webhook's answer to an AdmissionReview over TLS, requested as the API server does: by the Service's
+/// name, and with trust in the bundle of the ValidatingWebhookConfiguration alone. Error: curl's message.
 fn reviewed(server: &ApiServer, port: u16, review: &Value) -> Result<Value, String> {
     let trust = || server.get("validatingwebhookconfigurations", "", "validation.hone.sh");
     loop {
@@ -2060,7 +2065,7 @@ fn reviewed_once(server: &ApiServer, port: u16, review: &Value) -> Result<Value,
     }
 }
 
-/// Bytes of a text in base64, as objects carry them.
+/// Returns bytes of a text in base64, as objects carry them.
 fn decoded(text: &str) -> Vec<u8> {
     let bytes: k8s_openapi::ByteString = serde_json::from_value(json!(text)).unwrap();
     bytes.0
@@ -2217,7 +2222,7 @@ mod real {
     use kube::api::{Api, DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
     use kube::core::{ApiResource, GroupVersionKind};
 
-    /// The user's configuration and the controller's; `None`: both are what KUBECONFIG names.
+    /// Returns the user's configuration and the controller's; `None`: both are what KUBECONFIG names.
     pub fn run(configs: impl FnOnce() -> Option<(kube::Config, kube::Config)>) {
         hone::source::install_crypto();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -2262,7 +2267,7 @@ mod real {
         });
     }
 
-    /// A server's objects, changed by its Workspace and by hand.
+    /// Changes a server's objects by its Workspace and by hand.
     async fn serves(client: &kube::Client, namespace: &str) {
         let workspaces = api(client, namespace, "kaito.sh", "v1beta1", "Workspace");
         let [sets, services, maps] = [("apps", "StatefulSet"), ("", "Service"), ("", "ConfigMap")]

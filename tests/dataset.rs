@@ -51,7 +51,7 @@ fn encode_with(
     dataset::encode(&data.train, tokenizer, &options, &Report::silent())
 }
 
-/// The ids of every row, and the positions that are not learned, as the reference wrote them.
+/// Compares the ids of every row, and the positions that are not learned, with those that the reference wrote.
 fn check_golden(data: &str, model: &str, tokens: &str, loss: LossOn) {
     let data = read(&golden(data)).unwrap();
     let tokenizer = Tokenizer::open(&golden(model)).unwrap();
@@ -173,7 +173,7 @@ fn of(conversation: Conversation) -> Dataset {
     Dataset { train: vec![record], evaluation: vec![], layout: Layout::Messages }
 }
 
-/// The mask of a conversation as text; a fault begins with `!`.
+/// Compares the mask of a conversation, as text; a fault begins with `!`.
 fn check_mask(model: &str, template: Option<&str>, conversation: Conversation, expected: Expect) {
     let tokenizer = Tokenizer::open(&golden(model)).unwrap();
     let shown = match encode_with(&of(conversation), &tokenizer, LossOn::Answers, template) {
@@ -486,7 +486,7 @@ fn strings(values: &[Option<&str>]) -> ArrayRef {
     Arc::new(StringArray::from(values.to_vec()))
 }
 
-/// One list of messages per row, with fields in the given order.
+/// Returns one list of messages per row, with fields in the given order.
 fn lists(rows: &[&[(&str, &str)]], names: [&str; 2], kind: &DataType) -> ArrayRef {
     let all: Vec<_> = rows.iter().flat_map(|row| row.iter()).collect();
     let column = |role: bool| {
@@ -724,7 +724,7 @@ fn files_follow_in_the_order_given() {
 
 // ---- damage
 
-/// Reading never panics or ends the process: it returns rows, or a fault that blames the data.
+/// Returns whether the bytes are read as rows. Reading never panics or ends the process; a fault blames the data.
 fn survives(path: &Path, bytes: &[u8]) -> bool {
     std::fs::write(path, bytes).unwrap();
     match read(path) {

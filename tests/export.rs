@@ -1,6 +1,5 @@
-//! The merged model against base and adapter side by side, whatever it was written as: safetensors and GGUF, read
-//! back here, by transformers, by the `gguf` package and by llama.cpp (`scripts/export.py`, where these are
-//! installed).
+//! The merged model against base and adapter side by side, as safetensors and as GGUF, read back here, by transformers,
+//! by the `gguf` package and by llama.cpp (`scripts/export.py`, if these are installed).
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -27,11 +26,11 @@ use serde_json::json;
 /// TOLERANCE: both sides compute in f32; the largest difference found is 3e-5, on logits of up to 20. A scale of
 /// rsLoRA taken for the usual one makes 0.1 and more.
 const ROUNDING: f32 = 1e-4;
-/// TOLERANCE: what Q8 changes in logits, relative to their size. A step is 1/127 of a block's largest value, 0.5 %
-/// of a usual value; the tiny random models make 2.6 % of it at most (`llama32_tied`, whose embedding is rounded on
-/// both ends).
+/// TOLERANCE: the change of logits by Q8, relative to their size. A step is 1/127 of a block's largest value, 0.5 % of
+/// a usual value; the tiny random models make 2.6 % of it at most (`llama32_tied`, whose embedding is rounded on both
+/// ends).
 const Q8_ROUNDING: f32 = 4e-2;
-/// TOLERANCE: what rounding weights to bf16 changes in logits, relative to their size.
+/// TOLERANCE: the change of logits by rounding weights to bf16, relative to their size.
 const RELATIVE_ROUNDING: f32 = 2e-2;
 
 const FAMILIES: [&str; 14] = [
@@ -68,7 +67,7 @@ fn decoder(folder: &Path, quantization: Quantization) -> Decoder {
     load::load(facts(folder), &options(folder, quantization), &Device::Cpu, &Report::silent()).unwrap()
 }
 
-/// Rows that use many tokens and are shorter than any window.
+/// Returns rows that use many tokens and are shorter than any window.
 fn batch(facts: &Facts) -> Batch {
     let mut batch = Batch::default();
     for (number, length) in [20usize, 7].into_iter().enumerate() {
@@ -83,13 +82,13 @@ fn worst(a: &Tensor, b: &Tensor) -> f32 {
     (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap()
 }
 
-/// Root mean square of the difference, as a share of that of the second tensor.
+/// Returns the root mean square of the difference, as a share of that of the second tensor.
 fn relative(a: &Tensor, b: &Tensor) -> f32 {
     let square = |x: Tensor| x.sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
     square((a - b).unwrap()) / square(b.clone())
 }
 
-/// Logits of base and adapters side by side.
+/// Returns logits of base and adapters side by side.
 fn beside(decoder: &Decoder, parts: &[(&Pairs, f64)]) -> Tensor {
     let batch = batch(&decoder.facts);
     let part = |(adapter, strength): &(&'static Pairs, f64)| Part {
@@ -112,7 +111,7 @@ fn pairs(adapter: &Path, facts: &Facts) -> Pairs {
     adapter::read(adapter).unwrap().pairs(facts, DType::F32, DType::F32, &candle_core::Device::Cpu).unwrap()
 }
 
-/// An adapter folder with other settings.
+/// Returns an adapter folder with other settings.
 fn changed(name: &str, change: impl Fn(&mut serde_json::Value)) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let from = golden(name).join("final_adapter");
@@ -419,7 +418,7 @@ fn an_adapter_alone_scales_as_the_engine_does() {
     }
 }
 
-/// Python with these modules: `HONE_PYTHON`, else python3.
+/// Returns the Python that has these modules: `HONE_PYTHON`, else python3.
 fn python(modules: &str) -> Option<String> {
     let python = std::env::var("HONE_PYTHON").unwrap_or_else(|_| "python3".into());
     let found = Command::new(&python).args(["-c", &format!("import {modules}")]).output();
@@ -548,7 +547,7 @@ fn llama_cpp_draws_the_same_tokens() {
 }
 
 /// Every kind of text that tokenizers divide in their own ways. The last has an accent apart from its letter: it is
-/// compared where the tokenizer does not compose letters, since llama.cpp never does.
+/// compared if the tokenizer does not compose letters, since llama.cpp never does.
 const DIVIDED: [&str; 30] = [
     "def f(x):\n    return  x + 10",
     "a  b   c    d",
@@ -607,7 +606,8 @@ const DRAWN: usize = 12;
 const TEXTS: [&str; 3] =
     ["What is a harbour, 12345?", "It's an état of mind: naïve!", "def f(x):\n    return  x + 10"];
 
-/// Each token is the most probable one, or within rounding of it: llama.cpp keeps keys and values in f16.
+/// Checks that each token is the most probable one, or within rounding of it, since llama.cpp keeps keys and values in
+/// f16.
 fn same_greedy(
     name: &str,
     decoder: &Decoder,

@@ -44,7 +44,7 @@ const KEYS: [&str; 10] = [
     "DatasetConfig.shuffle_dataset=true",
 ];
 
-/// The arguments of a run that is disturbed: over a few rows.
+/// Returns the arguments of a run that is disturbed: over a few rows.
 fn arguments() -> Vec<&'static str> {
     let mut arguments = RUN.to_vec();
     arguments[4] = "data.jsonl";
@@ -57,27 +57,27 @@ fn arguments() -> Vec<&'static str> {
 
 // ---- a disk that fails ----
 
-/// A run under the shim, whose disk works.
+/// Returns a run under the shim, whose disk works.
 fn plain(work: &Work) -> Command {
     let mut command = work.hone(&arguments());
     command.env("LD_PRELOAD", shim::shim()).env("FAULT_QUICK", "1");
     command
 }
 
-/// A run whose disk fails at this call in this way.
+/// Returns a run whose disk fails at this call in this way.
 fn faulty(work: &Work, fault: &str, at: u64) -> Ended {
     let mut command = plain(work);
     command.env("FAULT", fault).env("FAULT_AT", at.to_string());
     end(&mut command)
 }
 
-/// The results of a run that must be the same after every interruption: the adapter, and the image's manifest.
+/// Returns the results of a run that must be the same after every interruption: the adapter, and the image's manifest.
 fn results(work: &Work) -> (Vec<u8>, String) {
     let index = work.json("image/index.json");
     (work.read("out/adapter_model.safetensors"), index["manifests"][0]["digest"].as_str().unwrap().to_owned())
 }
 
-/// The golden Llama and some rows.
+/// Returns the golden Llama and some rows.
 fn small() -> Work {
     let work = Work::new();
     work.copy("llama3/model", "model");
@@ -108,8 +108,8 @@ fn undisturbed() -> &'static Undisturbed {
     })
 }
 
-/// A fault at every n-th call of an undisturbed run, each followed by an undisturbed restart, which must end with
-/// the bytes of the undisturbed run.
+/// Causes a fault at every n-th call of an undisturbed run. After each fault a restart without faults must end with the
+/// bytes of the undisturbed run.
 fn sweep(fault: &str, codes: &[Option<i32>], share: u64) {
     let Undisturbed { results: expected, changes, reads } = undisturbed();
     let calls = if fault == "read" { *reads } else { *changes };
@@ -149,7 +149,7 @@ fn sweep(fault: &str, codes: &[Option<i32>], share: u64) {
     }
 }
 
-/// The calls that a fault comes at: each of the first, which claim a folder, and a share of the others; or what
+/// Returns the calls that a fault comes at: each of the first, which claim a folder, and a share of the others; or what
 /// HONE_FAULTS says.
 fn places(calls: u64, share: u64) -> Vec<u64> {
     let first = 12.min(calls);
@@ -370,7 +370,7 @@ fn attacked(work: &Work, more: &[&str]) -> Ended {
     ended
 }
 
-/// The footer's schema, a chain of groups, as Thrift writes it.
+/// Returns the footer's schema, a chain of groups, as Thrift writes it.
 fn deep_parquet(groups: usize) -> Vec<u8> {
     let varint = |mut rest: usize| {
         let mut bytes = Vec::new();
@@ -390,7 +390,7 @@ fn deep_parquet(groups: usize) -> Vec<u8> {
     [b"PAR1", &footer[..], &(footer.len() as u32).to_le_bytes(), b"PAR1"].concat()
 }
 
-/// One text that a dictionary holds once, in so many rows.
+/// Returns one text that a dictionary holds once, in so many rows.
 fn repeated_text(bytes: usize, rows: usize) -> Vec<u8> {
     let text = "word ".repeat(bytes / 5);
     // Offsets of a batch are 32 bits.

@@ -35,7 +35,7 @@ const TOKEN: &str = "hf_canarySecret";
 const STEPS: &str = "--set TrainingArguments.max_steps=2 --set TrainingArguments.max_length=64 --device cpu";
 const WEIGHTS: &str = "model.safetensors";
 
-/// The files of the golden Llama.
+/// Returns the files of the golden Llama.
 fn model() -> BTreeMap<String, Vec<u8>> {
     let entries = std::fs::read_dir(golden_path("llama3/model")).unwrap().map(|entry| entry.unwrap());
     entries
@@ -43,7 +43,7 @@ fn model() -> BTreeMap<String, Vec<u8>> {
         .collect()
 }
 
-/// The hub's listing of files; weights are "large" ones with their digest.
+/// Returns the hub's listing of files; weights are "large" ones with their digest.
 fn listing(files: &BTreeMap<String, Vec<u8>>) -> serde_json::Value {
     let sibling = |(name, content): (&String, &Vec<u8>)| match name.ends_with(".safetensors") {
         false => json!({"rfilename": name, "size": content.len()}),
@@ -53,7 +53,7 @@ fn listing(files: &BTreeMap<String, Vec<u8>>) -> serde_json::Value {
     json!({"id": REPOSITORY, "sha": COMMIT, "siblings": files.iter().map(sibling).collect::<Vec<_>>()})
 }
 
-/// The hub's answers, unless a test replaces them.
+/// Returns the hub's answers, unless a test replaces them.
 fn answer(files: &BTreeMap<String, Vec<u8>>, request: &Request) -> Reply {
     let path = request.target.split('?').next().unwrap();
     if path.starts_with(&format!("/api/models/{REPOSITORY}/revision/")) {
@@ -83,7 +83,7 @@ fn rows() -> Work {
     work
 }
 
-/// `hone run` of two steps.
+/// Returns `hone run` of two steps.
 fn command(work: &Work, endpoint: &str, model: &str, more: &str) -> Command {
     let output = if more.contains("--output") { "" } else { "--output out" };
     let arguments = format!("run --model {model} --cache cache {output} {STEPS} {more}");
@@ -96,7 +96,7 @@ fn refused(work: &Work, endpoint: &str, model: &str) -> Ended {
     end(&mut command(work, endpoint, model, "--data data.parquet"))
 }
 
-/// The one folder below `cache/models`.
+/// Returns the one folder below `cache/models`.
 fn folder(work: &Work) -> String {
     let folders = work.list("cache/models");
     assert_eq!(folders.len(), 1, "{folders:?}");
@@ -109,7 +109,7 @@ fn files_asked_for(server: &Server) -> Vec<String> {
     server.requests().iter().filter_map(names).collect()
 }
 
-/// The adapter that results if the model is given as a folder.
+/// Returns the adapter that results if the model is given as a folder.
 fn adapter_of_folder(name: &str) -> Vec<u8> {
     let work = rows();
     work.copy("llama3/model", "model");
@@ -390,7 +390,7 @@ fn weights_larger_than_the_disk_are_refused_with_both_numbers() {
     assert!(!files_asked_for(&server).contains(&WEIGHTS.to_owned()));
 }
 
-/// Titles and contents, as `oras push` makes layers of a folder's files.
+/// Returns titles and contents, as `oras push` makes layers of a folder's files.
 fn titled(files: &BTreeMap<String, Vec<u8>>, below: &str) -> Vec<(String, Vec<u8>)> {
     files.iter().map(|(name, content)| (format!("{below}{name}"), content.clone())).collect()
 }
@@ -477,7 +477,7 @@ fn hostile_incomplete_and_damaged_artifacts_are_refused() {
     }
 }
 
-/// A tar archive of files at these paths, gzipped.
+/// Returns a tar archive of files at these paths, gzipped.
 fn archive(files: &[(&str, &[u8])]) -> Vec<u8> {
     let gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     let mut tar = tar::Builder::new(gzip);
@@ -651,7 +651,8 @@ struct Shelf {
 /// Bytes of a part of a large file.
 const PART_BYTES: usize = 40_000;
 
-/// A hub that takes commits, and its store of large files, on another host. The store fails at its first request.
+/// Returns a hub that takes commits, and its store of large files, on another host. The store fails at its first
+/// request.
 fn shelf() -> (Arc<Mutex<Shelf>>, Server, Server) {
     let shelf = Arc::new(Mutex::new(Shelf::default()));
     let parts = shelf.clone();
@@ -758,7 +759,7 @@ fn shelve(shelf: &mut Shelf, request: &Request, own: &str, store: &str) -> Reply
     }
 }
 
-/// Git's own name for content in base64.
+/// Returns Git's own name for content in base64.
 fn blob(content: &str) -> String {
     use base64::Engine;
     let folder = tempfile::tempdir().unwrap();
@@ -768,7 +769,7 @@ fn blob(content: &str) -> String {
     String::from_utf8(named.stdout).unwrap().trim().to_owned()
 }
 
-/// `hone run` on the golden Llama that pushes.
+/// Returns `hone run` on the golden Llama that pushes.
 fn pushing(endpoint: &str, work: &Work, more: &str) -> Command {
     let mut run = command(work, endpoint, "model", &format!("--data data.parquet {more}"));
     run.env("HF_TOKEN", TOKEN);

@@ -1,6 +1,6 @@
-//! Readers against damaged and strange data: every container and every layout, mutated by a seeded generator. Whatever
-//! comes, the reader gives rows or a fault of the data, in bounded time and memory, and never panics. `fuzz/inputs.rs`
-//! does the same to everything else that a job is given.
+//! Readers against damaged and strange data: every container and every layout, mutated by a seeded generator. For every
+//! input, the reader gives rows or a fault of the data, in bounded time and memory, and never panics. `fuzz/inputs.rs`
+//! does the same for all other inputs of a job.
 //!
 //! `cargo test --test fuzz` tries a few hundred cases of each. `HONE_FUZZ_SECONDS=600` goes on for so long (for each
 //! test), and `HONE_FUZZ_SEED=N` begins elsewhere. A case that fails is named by its seed and left in a file.
@@ -62,7 +62,7 @@ fn read(seed: u64, name: &str, content: &[u8], options: &Options) -> Option<data
     read.unwrap().ok()
 }
 
-/// Rows of every layout, as JSON.
+/// Returns rows of every layout, as JSON.
 fn layouts() -> Vec<Vec<Value>> {
     let call = json!({"type": "function", "id": "a1", "function": {"name": "f", "arguments": {"x": 1}}});
     vec![
@@ -99,7 +99,7 @@ fn lines(rows: &[Value]) -> Vec<u8> {
     rows.iter().flat_map(|row| (row.to_string() + "\n").into_bytes()).collect()
 }
 
-/// Columns of text, a list of messages, and lists of numbers, as arrow has them.
+/// Returns columns of text, a list of messages, and lists of numbers, as arrow has them.
 fn batches() -> Vec<RecordBatch> {
     let text = |name: &str, values: Vec<Option<&str>>| {
         (Field::new(name, DataType::Utf8, true), Arc::new(StringArray::from(values)) as ArrayRef)
@@ -153,7 +153,7 @@ fn messages(rows: usize) -> (Field, ArrayRef) {
     (Field::new("messages", arrow::array::Array::data_type(&array).clone(), true), Arc::new(array))
 }
 
-/// Whole files of every container, by a name that says which.
+/// Returns the whole files of every container, by a name that says which.
 fn files() -> Vec<(String, Vec<u8>)> {
     let mut files: Vec<(String, Vec<u8>)> = Vec::new();
     for (number, rows) in layouts().into_iter().enumerate() {

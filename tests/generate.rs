@@ -54,7 +54,7 @@ fn engine(name: &str) -> Engine {
     Engine::start(decoder(name), &options(), "a test".into(), &Report::silent()).unwrap()
 }
 
-/// The final adapter as "a", and as "b" the same with the rows of each lora_B moved by one and negated.
+/// Loads the final adapter as "a", and as "b" the same with the rows of each lora_B moved by one and negated.
 fn load_both(engine: &Engine, name: &str) {
     let first = golden(name).join("final_adapter");
     engine.load_adapter("a", &first).unwrap();
@@ -147,7 +147,7 @@ fn greedy_tokens_on_a_gpu_are_those_of_transformers_and_peft() {
     greedy_tokens(engine, tokens_max);
 }
 
-/// `None` if tests may run without a GPU and there is none.
+/// Returns `None` if tests may run without a GPU and there is none.
 #[cfg(feature = "cuda")]
 fn gpu() -> Option<Device> {
     let required = std::env::var("HONE_TEST_GPU").is_ok_and(|value| value == "require");
@@ -158,7 +158,7 @@ fn gpu() -> Option<Device> {
     }
 }
 
-/// The recorded runs: each model's cases.
+/// Returns the recorded runs: each model's cases.
 fn recorded() -> serde_json::Map<String, Value> {
     let recorded = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/generate.json");
     let recorded: Value = serde_json::from_slice(&std::fs::read(recorded).unwrap()).unwrap();
@@ -411,8 +411,8 @@ fn a_driver_without_graphs_is_warned_about_once() {
     assert!(matches!(&warnings[..], [one] if one.contains("refused to record")), "{warnings:?}");
 }
 
-/// Logits of every row of a text with the recorded adapter: all rows but the last ones in one step, those one by
-/// one.
+/// Returns logits of every row of a text with the recorded adapter: all rows but the last ones in one step, those one
+/// by one.
 #[cfg(feature = "cuda")]
 fn by_steps(decoder: &Decoder, name: &str, text: &[u32], alone: usize, cache: DType) -> Vec<Vec<f32>> {
     let adapter = adapter::read(&golden(name).join("final_adapter")).unwrap();
@@ -440,8 +440,8 @@ fn log_probabilities(logits: &[f32]) -> Vec<f64> {
     logits.iter().map(|logit| f64::from(*logit) - largest - sum.ln()).collect()
 }
 
-/// In bf16 the log-probabilities of the recorded tokens are those of transformers in f32 but for 2e-2 on average,
-/// and another token is the best one only where the two best are within 0.05.
+/// In bf16 the log-probabilities of the recorded tokens differ from those of transformers in f32 by 2e-2 on average at
+/// most. Another token is the best one only if the two best are within 0.05.
 #[test]
 fn bf16_stays_near_the_reference() {
     let recorded = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/generate.json");
@@ -594,7 +594,7 @@ fn shared_beginnings_change_nothing_but_the_work() {
         }
     }
     assert_eq!(engine.counters().cache_usage, 0.0);
-    // Whoever stops reading early knows it too.
+    // A caller that stops reading early knows it too.
     collect(engine.submit(request(2, 290, &[])).unwrap());
     let mut answer = engine.submit(request(2, 290, &[])).unwrap();
     assert!(matches!(answer.wait(), Some(Event::Started)));

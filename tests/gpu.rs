@@ -24,7 +24,7 @@ use hone::ops::largest;
 use hone::report::{Event, Progress, Report, Sink};
 use hone::train::{self, Every, Metric, Passes};
 
-/// `None` if tests may run without a GPU and there is none.
+/// Returns `None` if tests may run without a GPU and there is none.
 fn gpu() -> Option<Device> {
     let required = std::env::var("HONE_TEST_GPU").is_ok_and(|value| value == "require");
     match device::open(Choice::Cuda(0), &Report::silent()) {
@@ -38,7 +38,7 @@ fn model(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name).join("model")
 }
 
-/// A decoder, and the adapter that is trained on it.
+/// Returns a decoder, and the adapter that is trained on it.
 fn decoder(name: &str, device: &Device, precision: Precision, dropout: f64) -> (Decoder, Trainable) {
     let options = Options {
         folder: model(name),
@@ -52,7 +52,7 @@ fn decoder(name: &str, device: &Device, precision: Precision, dropout: f64) -> (
     (decoder, adapter)
 }
 
-/// Examples of odd lengths, all tokens but the first supervised.
+/// Returns examples of odd lengths, all tokens but the first supervised.
 fn examples(vocab: u32) -> Vec<Example> {
     let example = |length: u32| Example {
         ids: (0..length).map(|i| (i * 37 + length * 11) % vocab).collect(),
@@ -120,8 +120,8 @@ fn training_in_bf16_stays_near_f32_and_repeats_bit_for_bit() {
     assert!(found.last() < found.first(), "{found:?}");
 }
 
-/// A model with heads of 64 columns, whose attention a card of capability 9.0 computes by warpgroups: the losses, and
-/// what loading it warned of.
+/// Returns a model with heads of 64 columns, whose attention a card of capability 9.0 computes by warpgroups: the
+/// losses, and the warnings of loading it.
 fn losses_of_wide_heads(device: &Device) -> (Vec<f64>, Vec<String>) {
     let config = serde_json::json!({
         "model_type": "llama", "vocab_size": 256, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -155,7 +155,7 @@ impl Sink for Warnings {
     fn progress(&self, _: &Progress) {}
 }
 
-/// Launches of a kernel so far. `None` if the driver is a real one.
+/// Returns the launches of a kernel so far. `None` if the driver is a real one.
 fn launches_of(kernel: &std::ffi::CStr) -> Option<u64> {
     type Read = extern "C" fn(*const libc::c_char) -> u64;
     // SAFETY: a name is looked up among the loaded libraries; the function of that name has this type.
@@ -199,7 +199,7 @@ fn attention_by_warpgroups_is_checked_before_its_use() {
         return;
     };
     let Some(gpu) = gpu() else { return };
-    // A real card cannot be told to be broken.
+    // A real card cannot be made to fail.
     if case == "broken" && launches_of(c"").is_none() {
         return;
     }
@@ -321,7 +321,7 @@ struct Asked {
     early_edges: u64,
 }
 
-/// `None` if the driver is a real one.
+/// Returns `None` if the driver is a real one.
 fn asked() -> Option<Asked> {
     type Read = extern "C" fn(*mut Asked, usize) -> usize;
     // SAFETY: a name is looked up among the loaded libraries; the function of that name has this type.
@@ -387,7 +387,7 @@ fn what_a_step_asks_of_the_device() {
         ("bytes to the host", after.device_to_host_bytes - before.device_to_host_bytes, 24),
         // Ids, positions, rows, targets, the loss's scale, dropout's keys, tiles of attention.
         ("copies to the device", after.host_to_device_copies - before.host_to_device_copies, 10),
-        // The residual stream is added from where it lies.
+        // The residual stream is added from its own memory.
         ("copies on the device", after.device_to_device_copies - before.device_to_device_copies, 0),
         // A shape's algorithm is chosen in its first step.
         ("choices of an algorithm", after.choices - before.choices, 0),
@@ -414,9 +414,9 @@ fn what_a_step_asks_of_the_device() {
     assert_eq!(after.host_synchronizations - before.host_synchronizations, 1, "waits of the host");
     assert_eq!(after.device_to_host_copies - before.device_to_host_copies, 3 + 2, "copies to the host");
     assert_eq!(after.host_to_device_copies - before.host_to_device_copies, 10 + 2, "copies to the device");
-    // A pass by its graph. What is left is around the passes: the sums of squares of the gradient and of the parameters
-    // (two launches each), and the update. The loss is copied out of the graph's place; numbers, f32 values and keys go
-    // into their places, and nobody waits for them.
+    // A pass by its graph. The other launches lie around the passes: the sums of squares of the gradient and of the
+    // parameters (two launches each), and the update. The loss is copied out of the graph's place; numbers, f32 values
+    // and keys go into their places, and nobody waits for them.
     Change::Steps.set(true);
     let (before, after) = two_steps(&decoder, &adapter, Keep::Everything);
     let found = [
@@ -438,11 +438,11 @@ fn what_a_step_asks_of_the_device() {
     }
 }
 
-/// A step with products in 8 bits: kernels that make the operands of products write them in 8 bits too,
-/// which saves thirteen passes: in each of two layers both norms, the activation, the gradient of the output
-/// projection, and those of gate and of up; and the gradient of the lower layer's output. What is left in a layer are
-/// attention's output and the gradients of queries, of keys and of values; and the gradient of the upper layer's
-/// output, which comes from the rows with targets.
+/// A step with products in 8 bits: kernels that make the operands of products write them in 8 bits too, which saves
+/// thirteen passes: in each of two layers both norms, the activation, the gradient of the output projection, and those
+/// of gate and of up; and the gradient of the lower layer's output. The remaining passes of a layer round attention's
+/// output and the gradients of queries, of keys and of values; and one rounds the gradient of the upper layer's output,
+/// which comes from the rows with targets.
 #[test]
 fn what_rounding_asks_of_the_device() {
     if ran_alone("what_rounding_asks_of_the_device") {
@@ -472,7 +472,7 @@ fn what_rounding_asks_of_the_device() {
 /// Launches of a step.
 const LAUNCHES: u64 = 2 * (15 + 24) - 3 + 13;
 
-/// The counts when one step was queued, and when the next one was.
+/// Returns the counts when one step was queued, and when the next one was.
 fn two_steps(decoder: &Decoder, adapter: &Trainable, keep: Keep) -> (Asked, Asked) {
     let vocab = decoder.facts.vocab as u32;
     let example = |at: u32| Example {
@@ -500,8 +500,8 @@ fn two_steps(decoder: &Decoder, adapter: &Trainable, keep: Keep) -> (Asked, Aske
     (marks[2], marks[3])
 }
 
-/// A step that decodes a token of each sequence: every launch and copy is there for a reason that somebody can
-/// tell. It is a process of its own, as above.
+/// A step that decodes a token of each sequence: every launch and copy has a known reason. The test is a process of its
+/// own, as above.
 #[test]
 fn what_a_decoded_token_asks_of_the_device() {
     if ran_alone("what_a_decoded_token_asks_of_the_device") {

@@ -17,7 +17,7 @@ use registry::{PASSWORD, Registry, Setup, run};
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde_json::Value;
 
-/// The lines of metrics.jsonl: those of steps and those of evaluations.
+/// Returns the lines of metrics.jsonl: those of steps and those of evaluations.
 fn metrics(work: &Work, folder: &str) -> (Vec<Value>, Vec<Value>) {
     let text = work.text(&format!("{folder}/metrics.jsonl"));
     let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
@@ -38,7 +38,7 @@ fn losses(steps: &[Value]) -> Vec<f64> {
     steps.iter().map(|line| line["loss"].as_f64().unwrap()).collect()
 }
 
-/// The paths that a PEFT file has a pair for. Every tensor is f32 and has the rank.
+/// Returns the paths that a PEFT file has a pair for. Every tensor is f32 and has the rank.
 fn adapted(work: &Work, folder: &str, rank: usize) -> Vec<String> {
     let file = work.read(&format!("{folder}/adapter_model.safetensors"));
     let tensors = SafeTensors::deserialize(&file).unwrap();
@@ -63,7 +63,7 @@ fn adapted(work: &Work, folder: &str, rank: usize) -> Vec<String> {
     paths
 }
 
-/// The digest that an image's folder claims to have, read by skopeo, and that of its layer.
+/// Returns the digest that an image's folder claims to have, read by skopeo, and that of its layer.
 fn digests(work: &Work, layout: &str) -> (String, String) {
     let image = format!("oci:{}:latest", work.path(layout).display());
     let inspected = run(Command::new("skopeo").args(["inspect", &image]));

@@ -12,7 +12,7 @@ use hone::report::Report;
 use hone::source;
 use std::path::Path;
 
-/// Files of JSON lines, each an entry of its own.
+/// Returns files of JSON lines, each an entry of its own.
 fn read(entries: &[&str], options: &Options) -> Result<Dataset, Fault> {
     let folder = tempfile::tempdir().unwrap();
     let file = |(entry, content): (usize, &&str)| {
@@ -107,7 +107,7 @@ fn a_text_column_comes_before_its_own_parts_as_today() {
     assert_eq!(turns(&read(&[row], &asked).unwrap()), ["user: a | assistant: b"]);
 }
 
-/// The ids of each row and what is learned of it.
+/// The ids of each row, and whether each is learned.
 type Rows = Vec<(Vec<u32>, Vec<bool>)>;
 
 fn examples(content: &str) -> Result<Rows, Fault> {

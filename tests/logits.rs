@@ -208,7 +208,7 @@ fn adapters_give_the_logits_they_give_in_peft() {
     }
 }
 
-/// A small llama whose widths are not multiples of the kernels' blocks.
+/// Returns a small llama whose widths are not multiples of the kernels' blocks.
 fn config(more: Value) -> Value {
     let mut config = json!({
         "model_type": "llama", "hidden_act": "silu", "vocab_size": 157, "hidden_size": 40, "intermediate_size": 72,
@@ -221,7 +221,7 @@ fn config(more: Value) -> Value {
     config
 }
 
-/// Random weights for the config, which both sides read.
+/// Returns random weights for the config, which both sides read.
 fn check_random(name: &str, config: &Value, change: fn(&mut Facts), other: fn(&Value, &Path) -> Other) {
     let folder = tempfile::tempdir().unwrap();
     let mut facts = facts(config);
@@ -233,8 +233,7 @@ fn check_random(name: &str, config: &Value, change: fn(&mut Facts), other: fn(&V
     check(name, &decoder, other(config, folder.path()), &rows);
 }
 
-/// hone's logits of the rows packed in one batch, compared with the other's for every prefix of every row, each
-/// alone.
+/// Compares hone's logits of the rows, packed in one batch, with the other's for every prefix of every row, each alone.
 fn check(name: &str, decoder: &Decoder, mut other: Other, rows: &[Vec<u32>]) {
     for (row, (ids, found)) in rows.iter().zip(ours(decoder, Lora::None, rows)).enumerate() {
         let last = |length: usize| {
@@ -246,7 +245,7 @@ fn check(name: &str, decoder: &Decoder, mut other: Other, rows: &[Vec<u32>]) {
     }
 }
 
-/// Logits by row, token and vocabulary, of all rows in one batch.
+/// Returns logits by row, token and vocabulary, of all rows in one batch.
 fn ours(decoder: &Decoder, lora: Lora, rows: &[Vec<u32>]) -> Vec<Vec<Vec<f32>>> {
     let mut batch = Batch::default();
     for ids in rows {
@@ -357,7 +356,7 @@ fn gemma2(config: &Value, folder: &Path) -> Other {
     })
 }
 
-/// One token after the other, because candle's windowed cache takes no more at once.
+/// Returns one token after the other, because candle's windowed cache takes no more at once.
 fn gemma3(config: &Value, folder: &Path) -> Other {
     let mut model = gemma3::Model::new(false, &read(config), weights(folder)).unwrap();
     Box::new(move |ids| {

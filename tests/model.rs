@@ -6,7 +6,7 @@ mod job;
 use expect_test::expect;
 use job::Work;
 
-/// The output for the folder `model`, after changes to it.
+/// Returns the output for the folder `model`, after changes to it.
 fn told(golden: &str, arguments: &[&str]) -> String {
     let work = Work::new();
     work.copy(&format!("{golden}/model"), "model");
@@ -192,8 +192,8 @@ fn presets_by_any_name() {
     assert_eq!(json["artifact"], "mcr.microsoft.com/aks/kaito/kaito-phi-4:0.2.0");
 }
 
-/// The checkpoint decides what its weights are. Another setting gets a warning, and the adapter's card says what
-/// the base was.
+/// The checkpoint decides the form of its weights. Another setting gets a warning, and the adapter's card names the
+/// base's form.
 #[test]
 fn a_quantised_checkpoint_is_trained_as_it_is() {
     let work = Work::new();

@@ -1,5 +1,5 @@
 //! Training equals the reference stack: per-step loss and gradient norm, and the final adapter, for every case in
-//! `tests/golden` (transformers 5.14, peft 0.21, bitsandbytes 0.50, f32; its README tells how they were made).
+//! `tests/golden` (transformers 5.14, peft 0.21, bitsandbytes 0.50, f32; its README describes how they were made).
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -113,7 +113,7 @@ impl Case {
         }
     }
 
-    /// The recorded token ids and masks, cut as the reference cut them.
+    /// Returns the recorded token ids and masks, cut as the reference cut them.
     fn examples(&self) -> Vec<Example> {
         let text = std::fs::read_to_string(self.folder.join("tokens.jsonl")).unwrap();
         let example = |line: &str| {
@@ -130,7 +130,7 @@ impl Case {
         text.lines().map(example).collect()
     }
 
-    /// The start of the reference: its base and its initial adapter.
+    /// Returns the start of the reference: its base and its initial adapter.
     fn decoder(&self) -> (model::decoder::Decoder, Trainable) {
         let mut options = self.options();
         let initial = hone::adapter::read(&self.folder.join("init_adapter")).unwrap();
@@ -142,8 +142,8 @@ impl Case {
         (decoder, adapter)
     }
 
-    /// The device of one rank. Ranks on GPUs have streams of their own, as processes do: while one records a graph,
-    /// the others must not ask anything of its stream.
+    /// Returns the device of one rank. Ranks on GPUs have streams of their own, as processes do: while one records a
+    /// graph, the others must not ask anything of its stream.
     fn own_device(&self) -> Device {
         #[cfg(feature = "cuda")]
         if self.device.is_cuda() && self.ranks > 1 {
@@ -187,7 +187,7 @@ impl Case {
         runs.swap_remove(0)
     }
 
-    /// The link between the ranks: threads, and NCCL between GPUs.
+    /// Returns the link between the ranks: threads, and NCCL between GPUs.
     fn collective(&self, ranks: Threads, device: &Device) -> Box<dyn Collective> {
         match device {
             #[cfg(feature = "cuda")]
@@ -202,7 +202,7 @@ impl Case {
         candle_core::safetensors::load(self.folder.join("debug.safetensors"), &Device::Cpu).unwrap()
     }
 
-    /// Largest difference of the first row's logits, before any step.
+    /// Returns the largest difference of the first row's logits, before any step.
     fn logits_error(&self) -> f64 {
         let debug = self.debug();
         let integers = |name: &str| debug[name].to_vec1::<i64>().unwrap();
@@ -296,7 +296,7 @@ impl Case {
         );
     }
 
-    /// Relative L2 distance of all B matrices together.
+    /// Returns the relative L2 distance of all B matrices together.
     fn final_b_error(&self, adapter: &Trainable) -> f64 {
         let file = self.folder.join("final_adapter/adapter_model.safetensors");
         let expected = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
@@ -311,7 +311,7 @@ impl Case {
         (difference / size).sqrt()
     }
 
-    /// Relative L2 distance of what DoRA's magnitudes learned, if there are any.
+    /// Returns the relative L2 distance of the change of DoRA's magnitudes, if there are any.
     fn final_magnitude_error(&self, adapter: &Trainable) -> Option<f64> {
         let params = adapter.params.to_device(&Device::Cpu).unwrap();
         let found = adapter.sites.iter().filter_map(|site| {
@@ -321,7 +321,7 @@ impl Case {
         self.learned_error(found)
     }
 
-    /// Relative L2 distance of what trained rows of tokens learned, if there are any.
+    /// Returns the relative L2 distance of the change of trained rows of tokens, if there are any.
     fn final_token_error(&self, adapter: &Trainable) -> Option<f64> {
         let params = adapter.params.to_device(&Device::Cpu).unwrap();
         let found = adapter.tokens.iter().map(|rows| {
@@ -331,7 +331,8 @@ impl Case {
         self.learned_error(found)
     }
 
-    /// Relative L2 distance from the recorded change of all these tensors together; `None` if there are none.
+    /// Returns the relative L2 distance from the recorded change of all these tensors together; `None` if there are
+    /// none.
     fn learned_error(&self, found: impl Iterator<Item = (String, Tensor)>) -> Option<f64> {
         let read = |name: &str| {
             let file = self.folder.join(name).join("adapter_model.safetensors");
@@ -361,8 +362,8 @@ fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
 }
 
-/// Every folder with a recorded run. `HONE_GOLDEN` names a folder with more of them. `HONE_CASES` is a part of the
-/// names of the cases to run.
+/// Returns every folder with a recorded run. `HONE_GOLDEN` names a folder with more of them. `HONE_CASES` is a part of
+/// the names of the cases to run.
 fn cases() -> Vec<Case> {
     let only = std::env::var("HONE_CASES").unwrap_or_default();
     let more = std::env::var_os("HONE_GOLDEN").map(PathBuf::from);
@@ -484,7 +485,7 @@ fn every_recorded_run_is_reproduced_on_a_gpu() {
     }
     let device = hone::device::open(hone::device::Choice::Cuda(0), &Report::silent()).unwrap();
     // Every family once, and a base that was stored in 4 bits, because an emulated GPU takes half a minute per run.
-    // Other ropes, heads and wrappers of a family differ in what the host reads, which the CPU's runs cover.
+    // Other ropes, heads and wrappers of a family differ in values that the host reads, which the CPU's runs cover.
     // Training options that have kernels of their own have short runs. HONE_CASES selects cases here too.
     let more = std::env::var_os("HONE_CASES").is_some();
     let wanted = |case: &Case| {

@@ -1,5 +1,5 @@
-//! Several processes train one adapter: the same result whatever their number, whoever started them, and whatever
-//! happens to one of them.
+//! Several processes train one adapter. The result is the same for every number of them and every launcher, also if
+//! something happens to one of them.
 //!
 //! `cargo test --test ranks chaos` tries 10 seeds (2 of ranks on GPUs), `HONE_CHAOS=300` so many; `HONE_SEED=N` begins
 //! at that one. A seed draws which rank is killed at which call; a failing seed is named with them.
@@ -64,7 +64,7 @@ fn hone(work: &Work, arguments: &[String]) -> Command {
     work.hone(&arguments.iter().map(String::as_str).collect::<Vec<_>>())
 }
 
-/// A whole run of so many ranks.
+/// Returns a whole run of so many ranks.
 fn whole(work: &Work, output: &str, ranks: usize) -> Vec<u8> {
     let ranks = ranks.to_string();
     job::done(&mut hone(work, &arguments(output, 8, &["--ranks", &ranks])));
@@ -88,13 +88,13 @@ fn a_shared_base_changes_no_byte() {
     }
 }
 
-/// The values of an adapter: f32 behind the header of a safetensors file.
+/// Returns the values of an adapter: f32 behind the header of a safetensors file.
 fn values(file: &[u8]) -> Vec<f32> {
     let header = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
     file[8 + header..].chunks_exact(4).map(|value| f32::from_le_bytes(value.try_into().unwrap())).collect()
 }
 
-/// Processes that `parent` started, by their rank.
+/// Returns the processes that `parent` started, by their rank.
 fn children(parent: u32) -> HashMap<usize, i32> {
     let mut found = HashMap::new();
     for entry in std::fs::read_dir("/proc").unwrap().flatten() {
@@ -180,7 +180,7 @@ fn any_number_of_ranks_trains_the_same_adapter() {
     assert_eq!(work.json("termination.json")["code"], 0);
 }
 
-/// As torchrun starts processes: each by itself, with its place in the environment.
+/// Returns a process as torchrun starts it: by itself, with its place in the environment.
 fn under_torchrun(work: &Work, rank: usize, world: usize, port: u16, arguments: &[String]) -> Command {
     let mut command = hone(work, arguments);
     place(&mut command, work, rank, world, port);
@@ -258,7 +258,7 @@ fn ranks_with_other_settings_are_refused_with_both_values() {
     );
 }
 
-/// The llama with one byte changed: of a tensor of its second layer, in the middle of the tensor.
+/// Makes a copy of the llama with one byte changed, in the middle of a tensor of its second layer.
 fn other_weights(work: &Work, folder: &str) {
     work.copy("llama3/model", folder);
     let file = format!("{folder}/model.safetensors");
@@ -350,7 +350,7 @@ fn a_silent_rank_ends_all_in_the_stated_time() {
     all_gone(ranks.into_values());
 }
 
-/// One of two machines, as a pod of an Indexed Job.
+/// Returns one of two machines, as a pod of an Indexed Job.
 fn pod(work: &Work, index: usize, port: u16, lines: &[String]) -> Command {
     let mut command = hone(work, lines);
     command.env("HONE_NODES", "2").env("JOB_COMPLETION_INDEX", index.to_string());
@@ -414,7 +414,7 @@ fn no_rank_outlives_the_process_that_started_it() {
     all_gone(ranks.into_values());
 }
 
-/// One run of a seed: a rank is killed when it has sent so much, and the run is started again.
+/// Makes one run of a seed: a rank is killed when it has sent so many bytes, and the run is started again.
 fn chaos(seed: u64, expected: &[u8], work: &Work, sends: u64) -> Result<(), String> {
     let mut random = Random(seed);
     let output = format!("out-{seed}");
@@ -508,7 +508,7 @@ mod gpus {
         std::env::var_os("HONE_FAKE_GPU_ORDER").is_some()
     }
 
-    /// `hone run` with what the fake driver reads. `count` is what the driver shows.
+    /// Returns `hone run` with the variables of the fake driver. `count` is the number of GPUs that the driver shows.
     fn hone(work: &Work, output: &str, count: usize, more: &[&str]) -> Command {
         let mut arguments = vec!["run", "--model", "model", "--data", "data.parquet", "--output", output];
         KEYS.iter().for_each(|key| arguments.extend(["--set", key]));
@@ -533,7 +533,7 @@ mod gpus {
         adapter(work, output)
     }
 
-    /// Calls of NCCL that a rank made: what, and of how many values.
+    /// Returns the calls of NCCL that a rank made: what, and of how many values.
     fn calls(log: &str, rank: &str) -> Vec<(String, u64)> {
         let lines = log.lines().map(|line| line.split(' ').collect::<Vec<_>>());
         let own = lines.filter(|words| words[0] == rank);
@@ -618,7 +618,7 @@ mod gpus {
         }
     }
 
-    /// A llama of four layers, whose gradient has several pieces of one size.
+    /// Returns a llama of four layers, whose gradient has several pieces of one size.
     fn with_four_layers() -> Work {
         let work = Work::with_llama();
         let mut config = work.json("model/config.json");
@@ -629,7 +629,7 @@ mod gpus {
         work
     }
 
-    /// The numbers of two neighbouring sums of a later step that have the same size.
+    /// Returns the numbers of two neighbouring sums of a later step that have the same size.
     fn alike(calls: &[(String, u64)]) -> usize {
         let pair =
             calls.windows(2).enumerate().skip(3 + (calls.len() - 3) / 3).find(|(_, pair)| pair[0] == pair[1]);
@@ -647,7 +647,7 @@ mod gpus {
         let calls = calls(&work.text("calls"), "0");
         let (same, each) = (alike(&calls), (calls.len() - 3) / 3);
         // NCCL takes two sums of one size for each other. The last piece is never followed by the rest, since the ranks
-        // wait for it before they speak.
+        // wait for it before they exchange messages.
         let last_piece = 3 + 2 * each - 1;
         for (at, part) in [(same, "rank 1 does not compute what rank 0 computes"), (last_piece, " hang")] {
             let output = format!("swapped-{at}");

@@ -1,5 +1,5 @@
-//! What hone refuses, run with the real binary: the exit code, every word of the message, and that nothing has a
-//! final name or is in a registry afterwards.
+//! Refusals of hone, run with the real binary: the exit code, every word of the message, and that nothing has a final
+//! name or is in a registry afterwards.
 
 #[path = "support/http.rs"]
 mod http;
@@ -24,12 +24,12 @@ use safetensors::tensor::{Dtype, SafeTensors, View};
 /// The settings of a short run over `model/`, so that the message is about what a test changes.
 const RUN: &str = "run --quiet --log terminal --model model --output out --set TrainingArguments.max_steps=2";
 
-/// A run with these further arguments, none of which contains a blank.
+/// Returns a run with these further arguments, none of which contains a blank.
 fn run(work: &Work, arguments: &str) -> Ended {
     work.run(&RUN.split(' ').chain(arguments.split_whitespace()).collect::<Vec<_>>())
 }
 
-/// The output of a run that must fail. Nothing has a final name then.
+/// Returns the output of a run that must fail. Nothing has a final name then.
 fn refused(work: &Work, arguments: &str) -> String {
     let ended = run(work, arguments);
     let code = ended.stderr.split("exit code ").nth(1).and_then(|rest| rest.split(')').next());
@@ -190,13 +190,13 @@ fn models_that_are_not_trained_are_refused_by_name() {
 
 // ---- data ----
 
-/// A file of one text column.
+/// Writes a file of one text column.
 fn texts(work: &Work, name: &str, column: &str, rows: &[&str]) {
     let array: ArrayRef = Arc::new(StringArray::from(rows.to_vec()));
     write_parquet(work, name, &RecordBatch::try_from_iter([(column, array)]).unwrap());
 }
 
-/// A conversation without an answer.
+/// Writes a conversation without an answer.
 fn questions(work: &Work, name: &str) {
     let text = |text: &str| Arc::new(StringArray::from(vec![text])) as ArrayRef;
     let message = StructArray::try_from(vec![("role", text("user")), ("content", text("what?"))]).unwrap();
@@ -355,7 +355,7 @@ impl View for &Stored {
     }
 }
 
-/// The golden Llama with its tensors changed.
+/// Returns the golden Llama with its tensors changed.
 fn with_tensors(change: impl FnOnce(&mut HashMap<String, Stored>)) -> Work {
     let work = Work::with_llama();
     let file = work.read("model/model.safetensors");
@@ -370,7 +370,7 @@ fn with_tensors(change: impl FnOnce(&mut HashMap<String, Stored>)) -> Work {
     work
 }
 
-/// The golden Llama with its config.json changed.
+/// Returns the golden Llama with its config.json changed.
 fn with_json(file: &str, change: impl FnOnce(&mut serde_json::Value)) -> Work {
     let work = Work::with_llama();
     let mut json = work.json(file);
@@ -550,7 +550,7 @@ fn a_loss_that_is_no_number_ships_nothing() {
 
 // ---- registry ----
 
-/// The output of a run that cannot push, and its exit code. The adapter is whole.
+/// Returns the output of a run that cannot push, and its exit code. The adapter is whole.
 fn not_pushed(work: &Work, arguments: &str) -> (String, Option<i32>) {
     let ended = run(work, &format!("--data data.parquet {arguments}"));
     for name in FINAL {

@@ -42,7 +42,7 @@ fn assert_same_files(one: &Path, two: &Path) {
     }
 }
 
-/// A folder with an `adapter/` of the given size.
+/// Returns a folder with an `adapter/` of the given size.
 fn work(bytes: usize) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     adapter(&folder.path().join("adapter"), bytes);

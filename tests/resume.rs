@@ -29,7 +29,7 @@ const KEYS: [&str; 14] = [
     "DatasetConfig.train_test_split=0.95",
 ];
 
-/// The run into `output`, with checkpoints as the last arguments say.
+/// Returns the run into `output`, with checkpoints as the last arguments say.
 fn arguments<'a>(output: &'a str, save: &[&'a str]) -> Vec<&'a str> {
     let mut arguments = vec!["run", "--model", "model", "--data", "data.parquet", "--output", output];
     for key in KEYS.iter().chain(save) {
@@ -71,7 +71,7 @@ fn assert_undisturbed(work: &Work, save: &[&str]) {
     assert!(work.path("out/fine_tuning_completed.txt").exists());
 }
 
-/// The first lines that differ between two text files.
+/// Returns the first lines that differ between two text files.
 fn difference(work: &Work, one: &str, two: &str) -> String {
     let [one, two] = [one, two].map(|name| String::from_utf8_lossy(&work.read(name)).into_owned());
     let pair = one.lines().zip(two.lines()).find(|(one, two)| one != two);

@@ -1,5 +1,5 @@
-//! Datasets and adapters as people have them, run with the real binary: what is learned from them, what is warned
-//! about, and what is refused with which words. Users of fine-tuning tools reported each situation.
+//! Datasets and adapters as people have them, run with the real binary: the learned tokens, the warnings, and the
+//! messages of refusals. Users of fine-tuning tools reported each situation.
 
 #[path = "support/job.rs"]
 mod job;
@@ -20,7 +20,7 @@ fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/rows").join(name)
 }
 
-/// A folder with `model/`, `config.yaml` and a fixture as `data.parquet`.
+/// Returns a folder with `model/`, `config.yaml` and a fixture as `data.parquet`.
 fn work(data: &str) -> Work {
     let work = Work::new();
     copy(&work, "tiny", "model");
@@ -36,7 +36,7 @@ fn copy(work: &Work, from: &str, to: &str) {
     }
 }
 
-/// The line about what was learned, the warnings, and the fault, of a run with these further arguments.
+/// Returns the line about what was learned, the warnings, and the fault, of a run with these further arguments.
 fn said(work: &Work, arguments: &str) -> String {
     const RUN: &str =
         "run --log terminal --model model --data data.parquet --config config.yaml --output out --device cpu";
@@ -471,7 +471,7 @@ fn a_plan_tells_steps_and_what_named_gpus_take() {
     assert!(plan("").contains("work: 3 optimizer steps over 4 rows"));
 }
 
-/// Bytes with every `from` replaced by `to`, which has the same length.
+/// Returns bytes with every `from` replaced by `to`, which has the same length.
 fn replaced(bytes: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
     for at in 0..bytes.len() - from.len() {

@@ -36,7 +36,7 @@ impl Drop for Running {
     }
 }
 
-/// A base, an adapter and a mix.
+/// Returns a base, an adapter and a mix.
 fn start(more: &[&str]) -> Running {
     let cache = tempfile::tempdir().unwrap();
     let adapter = format!("--adapter=tuned={}", golden("final_adapter").display());
@@ -44,7 +44,7 @@ fn start(more: &[&str]) -> Running {
     launch(cache.path(), "", &more).unwrap_or_else(|(_, text)| panic!("it ended: {text}"))
 }
 
-/// The golden Llama with these arguments; the exit code and what was told if it ends before it is ready.
+/// Starts the golden Llama with these arguments. Error: the exit code and the output, if it ends before it is ready.
 fn launch(cache: &Path, hub: &str, more: &[&str]) -> Result<Running, (i32, String)> {
     let name = if more.iter().any(|argument| argument.starts_with("--name")) { "" } else { "--name=tiny" };
     let mut child = Command::new(env!("CARGO_BIN_EXE_hone"))
@@ -99,7 +99,7 @@ fn ask(running: &Running, path: &str, body: &Value) -> (u16, String) {
     (head.split(' ').nth(1).unwrap().parse().unwrap(), body)
 }
 
-/// The content of a body in chunks.
+/// Returns the content of a body in chunks.
 fn unchunked(mut body: &str) -> String {
     let mut text = String::new();
     while let Some((size, rest)) = body.split_once("\r\n") {
@@ -229,7 +229,7 @@ fn a_pods_chat_answers_from_the_workspaces_mix() {
     let (_, models) = ask(&running, "/v1/models", &Value::Null);
     let models: Value = serde_json::from_str(&models).unwrap();
     assert_eq!(models["default"], "half");
-    // Whoever lists adapters adds them to the base.
+    // A request that lists adapters adds them to the base.
     let listed = completion(&running, json!({"adapters": [{"name": "tuned", "strength": 0.5}]}));
     assert_eq!(scores(&listed), scores(&completion(&running, json!({}))));
     let other = start(&["--default=tiny", "--mix=none=tuned:0"]);
@@ -237,7 +237,7 @@ fn a_pods_chat_answers_from_the_workspaces_mix() {
     assert_eq!(scores(&completion(&other, json!({}))), scores(&completion(&other, json!({"model": "tiny"}))));
 }
 
-/// The golden adapter's files, with another base's name in its configuration.
+/// Writes the golden adapter's files, with another base's name in its configuration.
 fn adapter_of(base: &str, folder: &Path) {
     let config = std::fs::read(golden("final_adapter/adapter_config.json")).unwrap();
     let mut config: Value = serde_json::from_slice(&config).unwrap();
@@ -293,7 +293,7 @@ fn an_images_adapter_is_kept_by_content_and_verified_at_each_start() {
         (&*digest, 1)
     );
     drop(second);
-    // A file that changed is told and fetched again.
+    // A file that changed is reported and fetched again.
     let weights = homes[0].as_ref().unwrap().path().join("adapter/adapter_model.safetensors");
     let mut bytes = std::fs::read(&weights).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
@@ -302,13 +302,13 @@ fn an_images_adapter_is_kept_by_content_and_verified_at_each_start() {
     assert!(third.told.contains("it is not what was fetched"), "{}", third.told);
     assert_eq!(blobs(), 2);
     drop(third);
-    // A tag that moved brings the new image.
+    // A tag that moved leads to the new image.
     adapter_of("tiny", &work.path().join("other"));
     push(&work.path().join("other"), &format!("{}/team/a:v1", fake.host));
     let fourth = serve().unwrap();
     assert_ne!(models(&fourth)["data"][1]["adapters"][0]["digest"].as_str().unwrap(), digest);
     drop(fourth);
-    // Without the registry the copy of the last start is served, and told.
+    // Without the registry, the server uses the copy of the last start and reports that.
     let moved = std::fs::read_dir(cache.join("adapters")).unwrap();
     for home in moved {
         let record = home.unwrap().path().join(".hone-adapter.json");
@@ -415,7 +415,8 @@ fn an_adapter_of_the_hub_is_served_and_fetched_once() {
     }
 }
 
-/// `hone plan --serve`: what fits on a card that is not here, as a table and as JSON; refused with numbers otherwise.
+/// `hone plan --serve`: the sizes that fit on a card that is not here, as a table and as JSON; a refusal with numbers
+/// if nothing fits.
 #[test]
 fn the_memory_of_a_server_is_planned_ahead() {
     let plan = |arguments: &[&str]| {

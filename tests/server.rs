@@ -85,7 +85,7 @@ impl Engine for Scripted {
     }
 }
 
-/// False if the reader went away.
+/// Sends these words. Returns false if the reader went away.
 fn say(request: &Request, words: &[u32], pause: Duration, broken: bool, sender: &Sender) -> bool {
     let scored = |token: u32| Scored { token, logprob: -0.5, top: vec![(token, -0.5), (1, -2.0)] };
     let mut heard = sender.send(Event::Started);
@@ -211,7 +211,7 @@ impl Reply {
         serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {}", self.body))
     }
 
-    /// The events of a stream, without the last.
+    /// Returns the events of a stream, without the last.
     fn events(&self) -> Vec<Value> {
         assert!(self.head.contains("text/event-stream"), "{}", self.head);
         let events: Vec<&str> = self.body.split("\n\n").filter(|event| !event.is_empty()).collect();
@@ -853,7 +853,8 @@ fn bodies_that_do_not_come_keep_nobody_out() {
     drop(waiting);
 }
 
-/// Bodies that came in part hold their room, so the next one is told to come again at once, and not after their limit.
+/// Bodies that came in part hold their memory, so the next request gets an answer to try again at once, and not after
+/// their limit.
 #[test]
 fn bodies_that_fill_the_memory_turn_others_away() {
     let (server, _) = start(Setting::default());
@@ -1198,7 +1199,7 @@ fn the_default_is_not_removed() {
     assert_eq!(post(&server, "/chat", json!({"prompt": "x"})).status, 200);
 }
 
-/// A mix is made, changed and removed while the server runs, and `/v1/models` says what answers.
+/// A mix is made, changed and removed while the server runs, and `/v1/models` shows it.
 #[test]
 fn mixes_change_only_where_allowed() {
     let (server, _) = start(Setting::default());

@@ -1,4 +1,4 @@
-//! The promises of `source`: whole files, or a fault that says who must act, whatever the server does.
+//! The promises of `source`: whole files, or a fault that says who must act, for every behaviour of the server.
 
 #[path = "support/alone.rs"]
 mod alone;
@@ -77,7 +77,7 @@ impl Desk {
         fault
     }
 
-    /// In every case, final names hold whole content and the canary is nowhere.
+    /// Checks that final names hold whole content and that the canary is nowhere.
     fn check_invariants(&self, fetched: &Result<Vec<File>, Fault>) {
         for path in files_below(&self.options.cache.join("sha256")) {
             let content = fs::read(&path).unwrap();
@@ -114,7 +114,7 @@ fn digest(content: &[u8]) -> String {
     Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// 300 kB that look like parquet from outside, which is more than socket buffers pass in one read.
+/// Returns 300 kB that look like parquet from outside, which is more than socket buffers pass in one read.
 fn content() -> Vec<u8> {
     let mut state = 1u32;
     let mut next = || {
@@ -130,7 +130,7 @@ fn files_below(folder: &Path) -> Vec<PathBuf> {
     paths.flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect()
 }
 
-/// `file.parquet` of a server that follows `script`.
+/// Returns the address of `file.parquet` on a server that follows `script`, and the server.
 fn served(script: impl Fn(usize, &Request) -> Reply + Send + Sync + 'static) -> (Server, String) {
     let server = Server::start(script);
     let url = server.url("/file.parquet");
@@ -402,7 +402,7 @@ fn digests_that_servers_state_are_compared_without_being_asked_for() {
     let (server, url) = served(|_, _| Reply::ok(content()).header("Content-MD5", "JfnnlDI7RTiF9RgfG2JNCw=="));
     Desk::new().refuse(&url, Kind::Network, "both times its MD5 is not the one that the server states");
     assert_eq!(server.requests().len(), 2);
-    // Whoever gives a digest has said which bytes are meant.
+    // A digest identifies the bytes.
     Desk::new().expect(&format!("{url}#sha256={}", digest(&content())), &content());
 }
 
@@ -640,7 +640,7 @@ fn no_service_is_a_metadata_service() {
     }
 }
 
-/// The answer to a part of a file that is sent with PUT.
+/// Returns the answer to a part of a file that is sent with PUT.
 fn send(desk: &Desk, url: &str, file: &Path, from: u64, bytes: u64) -> Result<source::send::Answer, Fault> {
     let report = Report::new(desk.log.clone());
     let task = Arc::new(report.task(hone::report::Stage::Push, hone::report::Unit::Bytes, "it", None));
@@ -927,7 +927,7 @@ fn an_unusable_cache_is_a_config_fault_since_no_retry_helps() {
 
 // Local files.
 
-/// Files with these names, each holding its name, and a function that fetches a pattern below their folder.
+/// Returns files with these names, each holding its name, and a function that fetches a pattern below their folder.
 fn tree(names: &[&str]) -> (Desk, PathBuf) {
     let desk = Desk::new();
     let root = desk.folder.path().join("tree");

@@ -147,7 +147,7 @@ fn object(request: &Request, content: &[u8]) -> Reply {
     Reply::file(request, content, &etag).header("Last-Modified", "Sun, 06 Nov 1994 08:49:37 GMT")
 }
 
-/// S3's and Google's list of a bucket.
+/// Returns S3's and Google's list of a bucket.
 fn list_xml(request: &Request, objects: &Objects) -> Reply {
     let query = request.target.split_once('?').map_or("", |(_, query)| query);
     let prefix = url::form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "prefix");
@@ -191,7 +191,7 @@ fn bucket(request: &Request, objects: &Objects) -> Reply {
     }
 }
 
-/// `hone run` of one step on the golden Llama.
+/// Returns `hone run` of one step on the golden Llama.
 fn command(work: &Work, more: &str) -> Command {
     let arguments = format!("run --cache cache --output out {STEPS} {more}");
     work.hone(&arguments.split_whitespace().collect::<Vec<_>>())

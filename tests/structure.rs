@@ -1,4 +1,4 @@
-//! Promises about the source itself: the order of modules, judged gradients, what is never used, the tables of docs/.
+//! Promises about the source itself: the order of modules, judged gradients, banned code, the tables of docs/.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -72,8 +72,8 @@ const JUDGED_ELSEWHERE: &[(&str, &str)] = &[
     ("operand.rs", "no operation: the form in which products read a matrix; matmul's tests read each form"),
 ];
 
-/// What no code may say: unfinished work, tests that do not run, and candle's layers, whose fused forms drop
-/// gradients silently.
+/// Words that no code may have: marks of unfinished work and of tests that do not run, and candle's layers, whose fused
+/// forms drop gradients silently.
 const BANNED: [&str; 5] = ["todo!", "unimplemented!", "dbg!", "#[ignore", "candle_nn"];
 
 /// Crates that only some modules may use, so that each stays replaceable in one place. A file's tests are not counted.
@@ -111,7 +111,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("zstd", &["dataset"]),
 ];
 
-/// Files that may hold `unsafe`, and what each needs it for.
+/// Files that may hold `unsafe`, each with its reason.
 const UNSAFE: &[(&str, &str)] = &[
     ("src/bounds.rs", "an allocator that counts"),
     ("src/dataset/store.rs", "the memory map of tokens"),
@@ -410,7 +410,7 @@ fn the_fault_matrix_names_tests_that_exist() {
     assert!(missing.is_empty(), "the matrix names tests that do not exist: {missing:?}");
 }
 
-/// The proofs of each family, as found in `tests`.
+/// Returns the proofs of each family, as found in `tests`.
 fn families() -> String {
     let golden = root("tests/golden");
     let runs: Vec<String> = ["", "_variants"]
@@ -446,7 +446,7 @@ fn folders(folder: &Path) -> Vec<PathBuf> {
     entries.filter(|path| path.is_dir()).collect()
 }
 
-/// `model_type` of a case's language model; a variant names the case whose model it takes.
+/// Returns the `model_type` of a case's language model; a variant names the case whose model it takes.
 fn family_of(case: &Path) -> String {
     let own = case.join("model");
     let model = if own.exists() {
@@ -460,7 +460,7 @@ fn family_of(case: &Path) -> String {
     config.text("model_type").unwrap().unwrap()
 }
 
-/// The text with `table` between the markers of that name.
+/// Returns the text with `table` between the markers of that name.
 fn replaced(text: &str, name: &str, table: &str) -> String {
     let markers = [format!("<!-- {name}:begin -->"), format!("<!-- {name}:end -->")];
     for marker in &markers {
@@ -471,7 +471,7 @@ fn replaced(text: &str, name: &str, table: &str) -> String {
     format!("{before}{}\n\n{}\n\n{}{after}", markers[0], table.trim(), markers[1])
 }
 
-/// The modules of `src/lib.rs` in its order.
+/// Returns the modules of `src/lib.rs` in its order.
 fn modules() -> Vec<String> {
     let module = Regex::new(r"(?m)^pub mod (\w+);$").unwrap();
     module.captures_iter(&text(&root("src/lib.rs"))).map(|found| found[1].to_owned()).collect()
@@ -491,7 +491,7 @@ fn rust_files(folder: &Path) -> Vec<PathBuf> {
     files.filter(|path| path.extension().is_some_and(|extension| extension == "rs")).collect()
 }
 
-/// The names behind `crate::`, alone or in braces.
+/// Returns the names behind `crate::`, alone or in braces.
 fn used_from_the_root(code: &str) -> BTreeSet<String> {
     let mut used = BTreeSet::new();
     for (at, path) in code.match_indices("crate::") {
@@ -504,7 +504,7 @@ fn used_from_the_root(code: &str) -> BTreeSet<String> {
     used
 }
 
-/// The parts of a group up to its closing brace, split at its own commas.
+/// Returns the parts of a group up to its closing brace, split at its own commas.
 fn parts(group: &str) -> impl Iterator<Item = &str> {
     let mut depth = 0;
     let mut borders = vec![0];
@@ -527,7 +527,7 @@ fn word(text: &str) -> String {
     text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect()
 }
 
-/// The file without comments and the contents of texts.
+/// Returns the file without comments and the contents of texts.
 fn code(file: &Path) -> String {
     let apart = Regex::new(concat!(
         r##"(?s)//[^\n]*|/\*.*?\*/|r"[^"]*"|r#".*?"#|"(?:\\.|[^"\\])*""##,
@@ -536,17 +536,17 @@ fn code(file: &Path) -> String {
     apart.unwrap().replace_all(&text(file), "''").into_owned()
 }
 
-/// A file's path from the root of the repository.
+/// Returns a file's path from the root of the repository.
 fn relative(file: &Path) -> String {
     file.strip_prefix(root("")).unwrap().to_string_lossy().into_owned()
 }
 
-/// The text before a file's module of tests.
+/// Returns the text before a file's module of tests.
 fn outside_of_tests(code: &str) -> &str {
     code.split("#[cfg(test)]\nmod ").next().expect("a split has a first part")
 }
 
-/// Name and number of lines of each function, from its `fn` to the brace in the same column.
+/// Returns the name and the number of lines of each function, from its `fn` to the brace in the same column.
 fn functions(text: &str) -> Vec<(String, usize)> {
     let head =
         Regex::new(r"^(\s*)(?:pub(?:\([^)]*\))? )?(?:const |async |unsafe |extern \S+ )*fn (\w+)").unwrap();

@@ -25,7 +25,7 @@ const DROP: BadRows = BadRows::Drop { share_max: 0.9 };
 const TEMPLATE: &str = "{% for m in messages %}{% if 'refuse' in m.content %}{{ raise_exception('no such turn') }}{% endif %}\
     {{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
 
-/// Options of rows that are shuffled and split.
+/// Returns options of rows that are shuffled and split.
 fn options() -> Options {
     Options { shuffle: true, seed: 7, train_share: 0.8, ..Options::RECOGNISED }
 }
@@ -47,7 +47,7 @@ impl Sink for Heard {
     fn progress(&self, _: &Progress) {}
 }
 
-/// Examples of both sets, and what was said.
+/// Examples of both sets, and the reports.
 #[derive(Debug, PartialEq)]
 struct Made {
     train: Vec<Example>,
@@ -68,7 +68,7 @@ struct Rows {
 }
 
 impl Rows {
-    /// Files of JSON lines, each an entry of its own.
+    /// Returns files of JSON lines, each an entry of its own.
     fn of(contents: &[String]) -> Rows {
         let folder = tempfile::tempdir().unwrap();
         let file = |(entry, content): (usize, &String)| {
@@ -95,7 +95,7 @@ impl Rows {
         self.folder.path().join("cache/tokens")
     }
 
-    /// Whole stores of the cache.
+    /// Returns the whole stores of the cache.
     fn stores(&self) -> Vec<PathBuf> {
         let entries =
             std::fs::read_dir(self.cache()).into_iter().flatten().map(|entry| entry.unwrap().path());
@@ -104,7 +104,7 @@ impl Rows {
         stores
     }
 
-    /// As it always was: everything in memory.
+    /// Makes the tokens with everything in memory.
     fn in_memory(&self, options: &Options, tokens: &TokenOptions) -> Result<Made, Fault> {
         let heard = Arc::new(Heard::default());
         let report = Report::new(heard.clone());
@@ -144,7 +144,7 @@ impl Rows {
     }
 }
 
-/// Conversations of several lengths; some rows have fields and columns that are told, some cannot be used.
+/// Returns conversations of several lengths; some rows have fields and columns that are reported, some cannot be used.
 fn conversations(rows: usize, bad: bool, from: usize) -> String {
     let row = |number: usize| {
         let long = "word ".repeat(number % 23);
@@ -165,7 +165,7 @@ fn texts(rows: usize) -> String {
     (0..rows).map(|number| format!("{{\"text\": \"row {number} of many\"}}\n")).collect()
 }
 
-/// Texts in groups of seven rows, and some without a group.
+/// Returns texts in groups of seven rows, and some without a group.
 fn in_groups(rows: usize) -> String {
     let group =
         |number: usize| if number.is_multiple_of(11) { "null".into() } else { (number / 7).to_string() };
@@ -370,7 +370,7 @@ fn a_folder_that_cannot_be_used_is_a_fault_if_it_was_named() {
     assert_eq!(found, expected);
 }
 
-/// A run on some 40 MB of text; it takes seconds to make tokens of them.
+/// Makes a run on some 40 MB of text; it takes seconds to make tokens of them.
 fn large(work: &Work) {
     work.copy("llama3/model", "model");
     let text = "a pod waits for a node that has room for it, and nobody knows why; ".repeat(30);
@@ -392,7 +392,7 @@ const RUN: [&str; 11] = [
     "cpu",
 ];
 
-/// Folders of the token cache that are being filled.
+/// Returns the folders of the token cache that are being filled.
 fn parts(work: &Work) -> Vec<String> {
     work.list("home/.cache/hone/tokens").into_iter().filter(|name| name.ends_with(".part")).collect()
 }

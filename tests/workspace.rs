@@ -1,4 +1,4 @@
-//! From a Workspace to what a cluster gets: rendered Jobs, refusals, and the files below jobs/.
+//! From a Workspace to the objects of a cluster: rendered Jobs, refusals, and the files below jobs/.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -12,7 +12,7 @@ use hone::workspace::{Asked, Rendered, Settings, config_name, files, inputs_hash
 use k8s_openapi::api::batch::v1::Job;
 use serde_json::{Value, json};
 
-/// A Workspace like those of the examples, changed by `change`.
+/// Returns a Workspace like those of the examples, changed by `change`.
 fn workspace(change: impl FnOnce(&mut Value)) -> Workspace {
     let mut value = json!({
         "apiVersion": "kaito.sh/v1beta1", "kind": "Workspace", "metadata": {"name": "tune"},
@@ -45,7 +45,7 @@ fn container(job: &Value) -> &Value {
     &pod(job)["containers"][0]
 }
 
-/// Mounts as `volume -> path`, each with its source.
+/// Returns the mounts as `volume -> path`, each with its source.
 fn mounts(job: &Value) -> String {
     let mut text = String::new();
     for (volume, mount) in
@@ -875,7 +875,7 @@ fn other_inputs_are_another_run_and_what_the_controller_writes_is_not() {
     assert_ne!(inputs_hash(&one, "config"), inputs_hash(&one, "another"));
 }
 
-/// The two Workspaces that hone was first asked to serve, with their placeholders.
+/// Returns the two Workspaces that hone was first asked to serve, with their placeholders.
 fn as_users_bring_them(name: &str) -> String {
     let preset = format!("phi-3-mini-{name}-instruct");
     std::fs::read_to_string(root("tests/fixtures/workspaces/phi-3-mini.yaml"))
@@ -987,8 +987,8 @@ fn what_a_cluster_gets_is_what_hone_writes() {
     same(&root("jobs/webhook/kustomization.yaml"), &yaml::write(&[install::webhook_component()]));
 }
 
-/// The chart's templates with its own values are the controller of jobs/controller.yaml, but for the variables that
-/// stand empty.
+/// The chart's templates with its own values are the controller of jobs/controller.yaml, except for the variables that
+/// are empty.
 #[test]
 fn the_chart_makes_the_same_controller() {
     let files = install::chart();
@@ -1162,7 +1162,7 @@ fn files_that_cannot_be_rendered() {
     .assert_eq(&told("kind: Workspace\nresource: {instanceTypo: x}\n"));
 }
 
-/// Fields of KAITO that change nothing here are told, for what tunes and for what serves.
+/// Fields of KAITO that change nothing here are reported, for Workspaces that tune and those that serve.
 #[test]
 fn fields_without_effect_are_told() {
     let told = |rest: &str| {

@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 
 use super::{Result, decoder, median, memory, steps, train};
 
-/// The changes of a list of names; all that a precision has if it is empty.
+/// Returns the changes of a list of names; all that a precision has if it is empty.
 fn chosen(names: &str, precision: Precision) -> Vec<Change> {
     let wanted: Vec<&str> = names.split(',').filter(|name| !name.is_empty()).collect();
     let is_wanted = |change: &Change| match change {
@@ -187,8 +187,8 @@ pub fn host([rounds, passes]: [usize; 2], device: &Device) -> Result<Value> {
     Ok(json!({ "contender": "hone", "host": rows, "decode": decode([rounds, passes], &decoder)? }))
 }
 
-/// Microseconds from one token to the next of a sequence of at most 64 tokens, launch by launch and by a graph. A tiny
-/// model leaves little but the host's own time.
+/// Returns the microseconds from one token to the next of a sequence of at most 64 tokens, launch by launch and by a
+/// graph. A tiny model leaves little but the host's own time.
 #[cfg(feature = "cuda")]
 fn decode([rounds, passes]: [usize; 2], decoder: &Decoder) -> Result<Value> {
     use hone::model::cache::Cache;
@@ -227,7 +227,7 @@ fn decode([rounds, passes]: [usize; 2], decoder: &Decoder) -> Result<Value> {
     Ok(sides.iter().map(side).collect())
 }
 
-/// There are no graphs without CUDA.
+/// Returns no figures, since there are no graphs without CUDA.
 #[cfg(not(feature = "cuda"))]
 fn decode(_: [usize; 2], _: &Decoder) -> Result<Value> {
     Ok(json!([]))

@@ -20,7 +20,8 @@ import random
 import work
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-# name: bytes/s of a ring's link in one direction in practice, seconds of a hop, seconds of a message between hosts and back.
+# name: bytes/s of a ring's link in one direction in practice, seconds of a hop, seconds of a message between hosts and
+# back.
 LINKS = {
     "NVLink 4 (H100 SXM)": (300e9, 3e-6, 50e-6),
     "PCIe 5 x16": (40e9, 5e-6, 50e-6),

@@ -124,13 +124,13 @@ fn open(name: &str) -> Result<Device> {
     Ok(device::open(choice, &Report::silent())?)
 }
 
-/// A level by its name.
+/// Returns a level by its name.
 fn level(name: &str) -> Result<Keep> {
     let found = Keep::ALL.into_iter().find(|keep| keep.name() == name);
     found.ok_or_else(|| format!("--keep {name}: expected one of {:?}", Keep::ALL.map(Keep::name)).into())
 }
 
-/// Steps of a workload, each a list of examples.
+/// Returns steps of a workload, each a list of examples.
 fn steps(folder: &Path, workload: &str) -> Result<Vec<Vec<Example>>> {
     let text = std::fs::read(folder.join("examples.json"))?;
     let mut all: BTreeMap<String, Vec<Vec<Vec<u32>>>> = serde_json::from_slice(&text)?;
@@ -207,13 +207,13 @@ struct Done {
     launches: Option<u64>,
 }
 
-/// A precision by its name.
+/// Returns a precision by its name.
 fn named(precision: &str) -> Result<Precision> {
     Precision::named(precision)
         .ok_or_else(|| format!("--precision {precision}: expected f32, bf16 or fp8").into())
 }
 
-/// The losses of a run from a new adapter, and the loss of held-out examples behind it.
+/// Returns the losses of a run from a new adapter, and the loss of held-out examples behind it.
 fn study(folder: &Path, precision: &str, lora: LoraOptions, count: usize, device: &Device) -> Result<Value> {
     let workload = steps(folder, &format!("study-{}", lora.seed))?;
     let facts = family::describe(&Config::read(folder)?)?;
@@ -238,7 +238,7 @@ fn study(folder: &Path, precision: &str, lora: LoraOptions, count: usize, device
     }))
 }
 
-/// The mean loss of the folder's examples `held`.
+/// Returns the mean loss of the folder's examples `held`.
 fn held_out((decoder, adapter): &(Decoder, Trainable), folder: &Path) -> Result<f64> {
     let (mut sum, mut targets) = (0.0, 0);
     for step in steps(folder, "held")? {
@@ -387,7 +387,7 @@ fn serve(
                 })
                 .collect();
             // In turn: launch by launch; as graphs without kernels that begin early; as graphs; as graphs with launches
-            // of their own for what adapters add; as graphs whose kernels begin early but ask for nothing ahead.
+            // of their own for the adapters; as graphs whose kernels begin early but ask for nothing ahead.
             let mut sides: [Vec<_>; 5] = Default::default();
             let off = [
                 Some(Change::Graphs),
@@ -429,7 +429,7 @@ fn serve(
     Ok(found)
 }
 
-/// Tokens a second of each run, ascending.
+/// Returns the tokens a second of each run, ascending.
 fn rates(runs: &[Generated]) -> Vec<f64> {
     let mut rates: Vec<f64> = runs.iter().map(|run| run.tokens as f64 / run.seconds).collect();
     rates.sort_by(f64::total_cmp);
@@ -439,7 +439,7 @@ fn rates(runs: &[Generated]) -> Vec<f64> {
 /// Runs of each case and side; the median counts.
 const SERVE_RUNS: usize = 3;
 
-/// A prompt of its own for each number, so that nothing is shared.
+/// Returns a prompt of its own for each number, so that nothing is shared.
 fn request(prompt: usize, tokens: usize, number: u32, vocab: u32) -> Request {
     let prompt = (0..prompt as u32).map(|i| 3 + (i * 7919 + number * 104_729) % (vocab - 3));
     Request::greedy(prompt.collect(), tokens)
@@ -488,7 +488,7 @@ fn generated(engine: &Engine, requests: &[Request]) -> Result<Generated> {
     })
 }
 
-/// A PEFT folder with random matrices.
+/// Returns a PEFT folder with random matrices.
 fn drawn_adapter(decoder: &Decoder, seed: u64) -> Result<tempfile::TempDir> {
     let options = LoraOptions { r: SERVED_RANK, alpha: SERVED_RANK as f64, seed, ..LoraOptions::default() };
     let trainable = decoder.trainable(&options)?;

@@ -17,9 +17,9 @@ from safetensors.numpy import load_file
 # Largest relative difference of a step's loss, smallest cosine of a site's gradient in f32.
 BOUNDS = {"f32": ("float32", 1e-4), "bf16": ("bfloat16", 5e-3), "fp8": ("float32", 2e-2)}
 COSINE_MIN = 0.99999
-# Largest ratio of hone's distance (1 - cosine) from f32 to the reference's, in bf16: of all sites' sums, and of one site. On an H100 the worst
-# site had 0.94. The distance of a small matrix scatters by chance: over six seeds of the shape `small` the sums had 0.80 to 0.92, and the
-# worst of 16 sites, another one for each seed, had 1.04 to 1.39.
+# Largest ratio of hone's distance (1 - cosine) from f32 to the reference's, in bf16: of all sites' sums, and of one
+# site. On an H100 the worst site had 0.94. The distance of a small matrix scatters by chance: over six seeds of the
+# shape `small` the sums had 0.80 to 0.92, and the worst of 16 sites, another one for each seed, had 1.04 to 1.39.
 SUM_MAX = 1.0
 DISTANCE_MAX, DISTANCE_MAX_SMALL, VALUES_SMALL = 1.1, 1.6, 10_000
 # Smallest cosine in 8 bits: of the site in the middle, and of any.

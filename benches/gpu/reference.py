@@ -93,7 +93,7 @@ def load(folder, dtype):
         # The stored file says bf16: f32 parity would round the backward pass's weights to it.
         module.compute_dtype = module.weight.quant_state.dtype = dtype
     for parameter in model.parameters():
-        # transformers 5.24 leaves stored bf16 as it is, whatever `dtype` says.
+        # transformers 5.24 leaves stored bf16 as it is and ignores `dtype`.
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     return model

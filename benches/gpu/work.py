@@ -15,7 +15,7 @@ SHAPES = {
                   vocab_size=512, sliding_window=47, tokens=96),
 }
 # Midpoints of eleven equal parts of the lengths of 5,048 conversations (the dataset of KAITO's end-to-end tests,
-# docker/datasets/dataset2), in characters / 4; the last is what is missing to 4,096.
+# docker/datasets/dataset2), in characters / 4; the last is the rest to 4,096.
 LENGTHS = [23, 30, 136, 202, 262, 325, 386, 469, 564, 720, 979]
 RANK = 8  # and alpha: KAITO's, on all linear layers
 

@@ -57,7 +57,7 @@ pub fn cases(gpu: &Gpu, shape: &Shape) -> Vec<Case> {
     cases
 }
 
-/// The forward and the backward pass; each also by the kernels for Hopper, if the card has passed their check.
+/// Returns the forward and the backward pass; each also by the kernels for Hopper, if the card has passed their check.
 fn both(gpu: &Gpu, name: String, heads: Heads, examples: &[Range<usize>]) -> Vec<Case> {
     if let Some(warning) = attention::prepare(&gpu.device, &heads, gpu.dtype) {
         println!("{warning}");
@@ -83,7 +83,7 @@ fn both(gpu: &Gpu, name: String, heads: Heads, examples: &[Range<usize>]) -> Vec
     cases
 }
 
-/// qkv, and the inputs that the backward pass needs before it: the gradient of the output, the output, the
+/// Makes qkv, and the inputs that the backward pass needs before it: the gradient of the output, the output, the
 /// logsumexp.
 fn case(gpu: &Gpu, name: String, heads: Heads, examples: Vec<Range<usize>>, backward: bool) -> Case {
     let tokens = examples.last().map_or(0, |example| example.end);
@@ -122,7 +122,7 @@ fn case(gpu: &Gpu, name: String, heads: Heads, examples: Vec<Range<usize>>, back
     }
 }
 
-/// One new row of each of several sequences over a context whose keys and values lie in pages: the same text in
+/// Returns one new row of each of several sequences over a context whose keys and values lie in pages: the same text in
 /// all, each on pages of its own.
 fn generating(gpu: &Gpu, shape: &Shape, heads: Heads, sequences: usize, context: usize) -> Case {
     let (device, dtype) = (gpu.device.clone(), gpu.dtype);
@@ -173,7 +173,7 @@ fn wide(tensor: &Tensor) -> Result<Tensor> {
     tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64)
 }
 
-/// The columns of the last key head, its query heads and its values.
+/// Returns the columns of the last key head, its query heads and its values.
 fn of_group(heads: &Heads, tensor: &Tensor) -> Result<Tensor> {
     let (group, width, last) = (heads.group(), heads.width, heads.key - 1);
     let query = tensor.narrow(1, last * group * width, group * width)?;
@@ -182,13 +182,13 @@ fn of_group(heads: &Heads, tensor: &Tensor) -> Result<Tensor> {
     Tensor::cat(&[query, key, value], 1)?.contiguous()
 }
 
-/// Pairs of a row and a row that it attends to.
+/// Returns the pairs of a row and a row that it attends to.
 fn pairs(rows: usize, window: Option<usize>) -> f64 {
     let window = window.unwrap_or(rows).min(rows) as f64;
     window * (window + 1.0) / 2.0 + (rows as f64 - window) * window
 }
 
-/// The last key head with its query heads, in f64: the operation on a matrix of just their columns.
+/// Returns the last key head with its query heads, in f64: the operation on a matrix of just their columns.
 fn judge(
     heads: &Heads,
     packing: &Packing,

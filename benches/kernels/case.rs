@@ -17,7 +17,7 @@ use crate::roof::Roof;
 pub struct Gpu {
     pub device: Device,
     pub dtype: DType,
-    /// Whether sizes are for the fake driver.
+    /// Whether sizes are small, for the fake driver.
     pub small: bool,
 }
 
@@ -76,7 +76,7 @@ impl Inputs {
         self.tensors.iter().map(size).sum::<usize>() + self.weight.as_ref().map_or(0, Weight::bytes)
     }
 
-    /// For operations that work in place.
+    /// Copies the inputs, for operations that work in place.
     fn copy(&self) -> Result<Inputs> {
         let tensors = self.tensors.iter().map(Tensor::copy).collect::<Result<_>>()?;
         Ok(Inputs { tensors, weight: self.weight.clone() })
@@ -84,12 +84,12 @@ impl Inputs {
 }
 
 impl Gpu {
-    /// About normal, in the storage type.
+    /// Returns values that are about normal, in the storage type.
     pub fn random(&self, shape: impl Into<candle_core::Shape>, deviation: f64) -> Result<Tensor> {
         rows::convert(&self.random_f32(shape, deviation)?, self.dtype)
     }
 
-    /// Sums of four uniform numbers, made by all cores.
+    /// Returns sums of four uniform numbers, made by all cores.
     pub fn random_f32(&self, shape: impl Into<candle_core::Shape>, deviation: f64) -> Result<Tensor> {
         let shape = shape.into();
         let tensor = mix(SEED.fetch_add(1, Ordering::Relaxed));
@@ -111,7 +111,7 @@ impl Gpu {
         self.device.synchronize()
     }
 
-    /// Largest relative error that storage in this type explains.
+    /// Returns the largest relative error that storage in this type explains.
     fn bound(&self) -> f64 {
         if self.dtype == DType::F32 { 1e-5 } else { 1e-2 }
     }
@@ -132,7 +132,7 @@ impl Case {
         }
     }
 
-    /// (largest relative error of an output, whether two runs give the same bits)
+    /// Returns (largest relative error of an output, whether two runs give the same bits).
     fn compare(&self) -> Result<(f64, bool)> {
         let inputs = (self.make)()?;
         let run = || (self.run)(&inputs.copy()?);
@@ -175,7 +175,7 @@ impl Case {
         }
     }
 
-    /// Seconds of a run in each sample, ascending.
+    /// Returns the seconds of a run in each sample, ascending.
     fn seconds(&self, gpu: &Gpu) -> Result<Vec<f64>> {
         let first = (self.make)()?;
         let sets = (ROTATION_BYTES / first.bytes().max(1) + 1).clamp(2, 16);
@@ -202,7 +202,7 @@ impl Case {
     }
 }
 
-/// The message without the trace that may follow it.
+/// Returns the message without the trace that may follow it.
 fn first_line(error: &candle_core::Error) -> String {
     error.to_string().lines().next().unwrap_or_default().to_owned()
 }

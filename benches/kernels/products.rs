@@ -72,7 +72,7 @@ fn four_bit(values: &Tensor, dims: (usize, usize)) -> Result<FourBit> {
     stored.map_err(|place| candle_core::Error::Msg(format!("values that are not finite: {place:?}")))
 }
 
-/// The tensors of a weight; the offset of its scales is one of them.
+/// Returns the tensors of a weight; the offset of its scales is one of them.
 fn parts(weight: &FourBit) -> Result<Vec<Tensor>> {
     let Absmax::Nested { codes, absmax, offset } = &weight.absmax else {
         candle_core::bail!("expected scales in two levels")
@@ -81,7 +81,7 @@ fn parts(weight: &FourBit) -> Result<Vec<Tensor>> {
     Ok(vec![weight.packed.clone(), codes.clone(), absmax.clone(), offset])
 }
 
-/// Compared with the CPU's codes, which are bitsandbytes' own, in every bit of the whole weight.
+/// Compares the codes with the CPU's, which are bitsandbytes' own, in every bit of the whole weight.
 fn quantize(gpu: &Gpu, shape: &Shape, dims: (usize, usize)) -> Case {
     let (device, dtype) = (gpu.device.clone(), gpu.dtype);
     let values = (dims.0 * dims.1) as f64;
@@ -105,7 +105,7 @@ fn quantize(gpu: &Gpu, shape: &Shape, dims: (usize, usize)) -> Case {
     }
 }
 
-/// The GPU's values equal the CPU's from the same codes, rounded once, bit for bit.
+/// Expects that the GPU's values equal the CPU's from the same codes, rounded once, bit for bit.
 fn dequantize(gpu: &Gpu, shape: &Shape, dims: (usize, usize)) -> Case {
     let (device, dtype) = (gpu.device.clone(), gpu.dtype);
     let values = (dims.0 * dims.1) as f64;
@@ -131,7 +131,7 @@ fn dequantize(gpu: &Gpu, shape: &Shape, dims: (usize, usize)) -> Case {
     }
 }
 
-/// A weight's values as the GPU's products see them, in `dtype`.
+/// Returns a weight's values as the GPU's products see them, in `dtype`.
 fn on_cpu(weight: Option<&Weight>, dtype: DType) -> Result<Tensor> {
     match weight {
         Some(Weight::FourBit(weight)) => {
@@ -223,8 +223,8 @@ fn product(
     }
 }
 
-/// Few rows by the weight as it is stored, and by expanding it: where both take equally long, `matmul::FEW_ROWS`
-/// should lie.
+/// Times few rows by the weight as it is stored, or by expanding it. `matmul::FEW_ROWS` should be the number of rows at
+/// which both take equally long.
 fn few(gpu: &Gpu, shape: &Shape, rows: usize, (n, k): (usize, usize), stored: bool) -> Case {
     let (device, dtype) = (gpu.device.clone(), gpu.dtype);
     let how = if stored { "as stored" } else { "expanded" };
@@ -257,7 +257,7 @@ fn few(gpu: &Gpu, shape: &Shape, rows: usize, (n, k): (usize, usize), stored: bo
     }
 }
 
-/// A head of random weights and hidden rows of unit size; targets anywhere in the vocabulary.
+/// Returns a head of random weights and hidden rows of unit size; targets anywhere in the vocabulary.
 fn head_inputs(gpu: &Gpu, shape: &Shape, rows: usize) -> impl Fn() -> Result<Inputs> + 'static {
     let (device, dtype, Shape { width, vocab, .. }) = (gpu.device.clone(), gpu.dtype, *shape);
     move || {
@@ -279,7 +279,7 @@ fn product_precision(dtype: DType) -> Precision {
     if dtype == DType::F32 { Precision::F32 } else { Precision::Bf16 }
 }
 
-/// Few rows, so that all of their losses are in one number.
+/// Returns the case of the loss. It has few rows, so that one number holds all of their losses.
 fn loss(gpu: &Gpu, shape: &Shape) -> Case {
     let (rows, vocab, dtype) = (shape.tokens.min(48), shape.vocab, gpu.dtype);
     Case {
@@ -304,7 +304,8 @@ fn loss(gpu: &Gpu, shape: &Shape) -> Case {
     }
 }
 
-/// All rows of a pass, in as many chunks as needed. The gradient of some rows is compared.
+/// Returns the case of the loss and its gradient over all rows of a pass, in as many chunks as needed. The gradient of
+/// some rows is compared.
 fn loss_gradient(gpu: &Gpu, shape: &Shape) -> Case {
     let Shape { tokens, width, vocab, .. } = *shape;
     let dtype = gpu.dtype;
@@ -339,7 +340,7 @@ fn loss_gradient(gpu: &Gpu, shape: &Shape) -> Case {
     }
 }
 
-/// Losses and gradients of the sampled rows, by the definition: softmax of all logits.
+/// Returns losses and gradients of the sampled rows, by the definition: softmax of all logits.
 fn in_f64(inputs: &Inputs, targets: &[u32], tokens: usize) -> Result<(Tensor, Tensor)> {
     let weight = on_cpu(inputs.weight.as_ref(), DType::F64)?.to_dtype(DType::F64)?;
     let logits = sample(&inputs[0], tokens)?.matmul(&weight.t()?)?;

@@ -27,7 +27,7 @@ pub fn measure(gpu: &Gpu) -> Result<Roof> {
     Ok(Roof { copy: 8.0 * values as f64 / copying, matrix: 2.0 * (width as f64).powi(3) / computing })
 }
 
-/// The best of a few rounds, because it is a ceiling.
+/// Returns the best of a few rounds, because it is a ceiling.
 fn best(gpu: &Gpu, call: impl Fn() -> Result<()>) -> Result<f64> {
     const RUNS: usize = 10;
     call()?;

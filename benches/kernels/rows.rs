@@ -70,8 +70,8 @@ enum Input {
     Wide(usize),
 }
 
-/// Rows from the beginning, the middle and the end, in f64 on the CPU. An input without a row per token is taken
-/// whole.
+/// Returns rows from the beginning, the middle and the end, in f64 on the CPU. An input without a row per token is
+/// taken whole.
 pub fn sample(tensor: &Tensor, tokens: usize) -> Result<Tensor> {
     const ROWS: usize = 16;
     let tensor = tensor.to_device(&Device::Cpu)?;
@@ -131,7 +131,7 @@ pub fn cases(gpu: &Gpu, shape: &Shape) -> Vec<Case> {
     cases
 }
 
-/// Operations that only some families need, at one shape.
+/// Returns the operations that only some families need, at one shape.
 fn rare(each: &Rows) -> Vec<Case> {
     let Shape { tokens, width, feed_forward, query, head, .. } = *each.shape;
     let (residual, hidden) = (tokens * width, tokens * feed_forward);
@@ -182,7 +182,7 @@ fn rare(each: &Rows) -> Vec<Case> {
     ]
 }
 
-/// Keys identify the rows, so all of them are compared.
+/// Compares all of the rows, since keys identify them.
 fn dropout_case(each: &Rows) -> Case {
     let Shape { tokens, width, .. } = *each.shape;
     let keys: Vec<u64> = (0..tokens as u64).map(dropout::mix).collect();
@@ -201,7 +201,8 @@ fn dropout_case(each: &Rows) -> Case {
     }
 }
 
-/// Every row but each seventh, in reverse order; then back to their places. Also the embedding of as many tokens.
+/// Returns every row but each seventh, in reverse order; then back to their places. Also the embedding of as many
+/// tokens.
 fn gather_case(gpu: &Gpu, shape: &Shape) -> Case {
     let Shape { tokens, width, vocab, .. } = *shape;
     let index: Vec<u32> = (0..tokens as u32).rev().filter(|row| row % 7 != 0).collect();
@@ -233,8 +234,8 @@ fn gather_case(gpu: &Gpu, shape: &Shape) -> Case {
     }
 }
 
-/// The whole update: the gradient's norm, clipping, parameters and moments; as many as LoRA of rank 16 has on all
-/// layers.
+/// Returns the whole update: the gradient's norm, clipping, parameters and moments; as many as LoRA of rank 16 has on
+/// all layers.
 fn adamw_case(gpu: &Gpu, shape: &Shape) -> Case {
     let parameters = if gpu.small { 5000 } else { 30_000_000 };
     let update = Update {

@@ -66,7 +66,7 @@ const SMALL: Shape = Shape {
     window: Some(37),
 };
 
-/// The shapes of every operation. f32 is checked at one shape, because training uses bf16.
+/// Returns the shapes of every operation. f32 is checked at one shape, because training uses bf16.
 pub fn cases(gpu: &Gpu) -> Vec<Case> {
     let shapes: &[Shape] = match (gpu.small, gpu.dtype) {
         (true, _) => &[SMALL],

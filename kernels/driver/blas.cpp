@@ -1,4 +1,5 @@
-// libcublas: products of matrices stored by columns (cublasLt's are in blas_lt.cpp), in f32, f64 or bf16, with sums in f64 that are rounded once.
+// libcublas: products of matrices stored by columns (cublasLt's are in blas_lt.cpp), in f32, f64 or bf16, with sums in
+// f64 that are rounded once.
 //
 // It checks what the library requires and cannot check itself: shapes and strides, and that every matrix lies
 // inside one allocation.
@@ -78,7 +79,7 @@ __attribute__((target_clones("default", "avx2", "avx512f"))) void multiply_rows(
         }
         for (int j = 0; j < p.n; ++j) {
             const size_t at = p.c.at(i, j);
-            // beta 0 means that c is not read, whatever it holds.
+            // If beta is 0, c is not read, so it may hold NaN.
             const double kept = p.beta == 0 ? 0.0 : p.beta * load(p.c.memory, p.c.type, at);
             const double scale = p.scales.rows == nullptr ? 1.0 : double(p.scales.rows[i]) * p.scales.columns[j];
             store(p.d.memory, p.d.type, p.d.at(i, j), p.alpha * scale * sums[static_cast<size_t>(j)] + kept);

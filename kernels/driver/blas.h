@@ -45,8 +45,8 @@ class Scalars {
     uint64_t first = 0, second = 0;
 };
 
-// d = alpha * a b + beta * c, `batch` times, with so many elements from one matrix to the next. c and d have the same stride. a b is scaled
-// by row and column if there are scales. The caller holds the lock.
+// d = alpha * a b + beta * c, `batch` times, with so many elements from one matrix to the next. c and d have the same
+// stride. a b is scaled by row and column if there are scales. The caller holds the lock.
 int multiply_matrices(void* stream, int m, int n, int k, const void* alpha, Matrix a, long long a_stride, Matrix b, long long b_stride,
                       const void* beta, Matrix c, Matrix d, long long c_stride, int batch, int compute, OuterScales scales = {});
 

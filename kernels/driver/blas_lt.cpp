@@ -1,7 +1,8 @@
 // libcublasLt: descriptions of matrices, the choice of an algorithm, and the product.
 //
-// An algorithm holds what it was chosen for. A product that uses it for anything else ends the process: another shape, an address with
-// less alignment than was promised, or a workspace that is too small. So does a result that overlaps an operand.
+// An algorithm holds what it was chosen for. A product that uses it for anything else ends the process: another shape,
+// an address with less alignment than was promised, or a workspace that is too small. So does a result that overlaps an
+// operand.
 #include <algorithm>
 #include <cstring>
 
@@ -98,9 +99,9 @@ bool overlap(const void* x, const Layout& of_x, const void* y, const Layout& of_
     return behind < static_cast<int64_t>(of_x.rows) || behind + static_cast<int64_t>(of_y.rows) > of_x.leading;
 }
 
-// The library's demands on matrices in 8 bits (its guide, "cublasLtMatmul()", regular narrow precision): a card of 8.9 or later; sums along
-// the columns in memory of both operands (transposed, not transposed); rows of whole 16 bytes in memory, and 16-byte addresses. Scales by row
-// and column are of 9.0 alone.
+// The library's demands on matrices in 8 bits (its guide, "cublasLtMatmul()", regular narrow precision): a card of 8.9
+// or later; sums along the columns in memory of both operands (transposed, not transposed); rows of whole 16 bytes in
+// memory, and 16-byte addresses. Scales by row and column are of 9.0 alone.
 bool takes_8_bits(const Description& of, const Layout* const (&layouts)[4], const uint32_t (&alignments)[4]) {
     const Layout &a = *layouts[0], &b = *layouts[1];
     if (a.type != e4m3 && b.type != e4m3) return of.a_scale_mode == scale_scalar && of.b_scale_mode == scale_scalar;

@@ -1,15 +1,14 @@
-// The device of this process: the properties it claims, its memory, and the counts of what was requested from it.
+// The device of this process: the properties that it reports, its memory, and counts of the requests to it.
 //
-// Everything is done at once, on the calling thread, under one lock; only copies of pinned memory and collectives (nccl.cpp) wait in
-// their stream (streams.h).
-// The environment sets:
+// Everything is done at once, on the calling thread, under one lock; only copies of pinned memory and collectives
+// (nccl.cpp) wait in their stream (streams.h). The environment sets:
 //   HONE_FAKE_GPU_COUNT       number of devices, of which a process may use one; 0: a driver without a device (1)
 //   HONE_FAKE_GPU_BYTES       its memory: beyond it, CUDA_ERROR_OUT_OF_MEMORY (16 GiB)
 //   HONE_FAKE_GPU_CAPABILITY  compute capability, which also sets the shared memory of a block (9.0)
 //   HONE_FAKE_GPU_DRIVER      the driver's CUDA version (13.0)
-//   HONE_FAKE_GPU_ORDER       of threads and blocks: 0 forwards, 1 backwards, from 2 on shuffled by that seed (0)
+//   HONE_FAKE_GPU_ORDER       order of threads and blocks: 0 forwards, 1 backwards, from 2 on shuffled by that seed (0)
 //   HONE_FAKE_GPU_THREADS     host threads that run blocks (as many as there are processors)
-//   HONE_FAKE_GPU_STATS       a file: at exit, what was asked, as JSON; %p in it is the process
+//   HONE_FAKE_GPU_STATS       a file that gets the counts as JSON at exit; %p in it is the process's id
 //   HONE_FAKE_GPU_TRACE       1: every launch, product and copy to the host on standard error
 //   HONE_FAKE_GPU_BROKEN      a kernel that computes nothing, as if the card could not run it rightly (none)
 //   HONE_FAKE_GPU_GRAPHS      0: no stream can be captured (1)

@@ -1,9 +1,9 @@
 // libcuda over host memory and the emulator: devices, contexts, memory, modules and launches.
 //
-// Work that is asynchronous on a device is done at once, with exceptions that only a wrong program can notice.
-// A copy between the device and pinned memory waits in its stream until something waits for it (streams.cpp). The host sees what arrives
-// when it has waited itself; until then the memory holds 0xff for it. Pinned memory that a copy reads from must still hold the same bytes
-// when the host has waited (transfers.cpp).
+// Work that is asynchronous on a device is done at once, with exceptions that only a wrong program can notice. A copy
+// between the device and pinned memory waits in its stream until something waits for it (streams.cpp). The host sees
+// what arrives when it has waited itself; until then the memory holds 0xff for it. Pinned memory that a copy reads from
+// must still hold the same bytes when the host has waited (transfers.cpp).
 #include "device.h"
 
 #include <algorithm>
@@ -496,7 +496,8 @@ API cuLaunchKernelEx(const LaunchConfiguration* configuration, void* function, v
         if (c.attributes[i].which != programmatic_stream_serialization) return not_supported;
         begins_early = c.attributes[i].number != 0;
     }
-    // A card that has no such instructions would begin the kernel too early, or refuse; the program must not rely on either.
+    // A card that has no such instructions would begin the kernel too early, or refuse; the program must not rely on
+    // either.
     if (begins_early && virtual_architecture() < waits_from) die("a kernel may begin early, but its code does not wait");
     const Shape shape = {dim3(c.grid_x, c.grid_y, c.grid_z), dim3(c.size_x, c.size_y, c.size_z), c.dynamic_bytes, begins_early};
     return launch_or_record(function, shape, c.stream, arguments);

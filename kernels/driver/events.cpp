@@ -1,4 +1,5 @@
-// Events hold the time at which they were recorded, because most work before them is done by then, and the moment of their stream.
+// Events hold the time at which they were recorded, because most work before them is done by then, and the moment of
+// their stream.
 #include <chrono>
 
 #include "device.h"

@@ -1,9 +1,10 @@
 // Stream capture and graphs.
 //
-// While a stream is captured, nothing runs: launches, products, fills, and copies become nodes with copies of their arguments. So do
-// allocations and releases. Memory of a graph has a fixed address. It is 0xff again at its node of allocation, and at its release, in
-// each launch; no other work may use it. Stricter than the driver: copies of memory that is not page-locked, events, and loading
-// of modules are refused in a capture, and a capture must release what it allocates.
+// While a stream is captured, nothing runs: launches, products, fills, and copies become nodes with copies of their
+// arguments. So do allocations and releases. Memory of a graph has a fixed address. It is 0xff again at its node of
+// allocation, and at its release, in each launch; no other work may use it. Stricter than the driver: copies of memory
+// that is not page-locked, events, and loading of modules are refused in a capture, and a capture must release what it
+// allocates.
 #include "graphs.h"
 
 #include <algorithm>
@@ -82,7 +83,7 @@ Recorded::~Recorded() {
     reserved.erase(std::remove(reserved.begin(), reserved.end(), this), reserved.end());
 }
 
-// At both ends of a block's life it holds nothing.
+// A block of memory is poisoned at its allocation and at its release.
 int poison(const Block& block, bool is_live) {
     owners()[block.address].is_live = is_live;
     if (!configuration().idle) memset(reinterpret_cast<void*>(block.address), 0xff, block.bytes);
@@ -99,7 +100,7 @@ int reserve(Recorded& recorded) {
     return success;
 }
 
-// The host asked for one launch: what its nodes do is not counted as asked.
+// The host asked for one launch, so the work of its nodes is not counted as requests.
 int run(Recorded& recorded, void* stream) {
     const Statistics before = statistics;
     running = &recorded;

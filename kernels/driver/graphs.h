@@ -1,4 +1,4 @@
-// Graphs: what was asked of a stream while it was captured, to be done by each launch.
+// Graphs: the work that a stream was given while it was captured. Each launch of the graph does this work.
 #pragma once
 #include <functional>
 
@@ -13,11 +13,12 @@ typedef std::function<int(void* stream)> Node;
 bool is_captured(const void* stream);
 bool captures();
 
-// What a node is for the edge that leads to the next one.
+// The kind of a node, which decides the kind of the edge to the next one.
 enum class NodeKind { other, kernel, early_kernel };
 
-// The answer to a call on a captured stream that becomes a node. An edge lets a kernel begin early if both of its nodes are kernels
-// (CUDA Driver API, "CUgraphDependencyType"): memory that is allocated or freed between two kernels keeps them apart.
+// The answer to a call on a captured stream that becomes a node. An edge lets a kernel begin early if both of its nodes
+// are kernels (CUDA Driver API, "CUgraphDependencyType"): memory that is allocated or freed between two kernels keeps
+// them apart.
 int record(const void* stream, Node node, NodeKind kind = NodeKind::other);
 // The same for memory. Its address is fixed, and it can be used between these two nodes alone.
 int record_allocation(const void* stream, Address* address, size_t bytes);

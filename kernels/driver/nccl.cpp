@@ -1,13 +1,14 @@
 // libnccl: collectives between processes of one machine, through shared memory.
 //
-// A communicator is a file of /dev/shm that its unique id names, and one more for each rank's data. A call takes this rank's values and
-// returns. A thread of the communicator gives them to the others, waits for all ranks, and combines them in the order of the ranks; sums
-// are taken in f64. The result arrives in its stream as late as the program allows (streams.h), and a call that does not lie behind the
-// last use of its buffer leaves 0xff. Ranks that make different calls get an error that names both. A rank whose process is gone is
-// ncclRemoteError for the others. The environment sets:
+// A communicator is a file of /dev/shm that its unique id names, and one more for each rank's data. A call takes this
+// rank's values and returns. A thread of the communicator gives them to the others, waits for all ranks, and combines
+// them in the order of the ranks; sums are taken in f64. The result arrives in its stream as late as the program allows
+// (streams.h), and a call that does not lie behind the last use of its buffer leaves 0xff. Ranks that make different
+// calls get an error that names both. A rank whose process is gone is ncclRemoteError for the others. The environment
+// sets:
 //   HONE_FAKE_NCCL_DIE       RANK:CALL, the rank's process is killed at this collective, counted from 1; 0: when it connects
 //   HONE_FAKE_NCCL_HANG      RANK:CALL, the rank never comes to this collective
-//   HONE_FAKE_NCCL_OTHER     RANK:CALL, the rank brings one value less to this collective
+//   HONE_FAKE_NCCL_OTHER     RANK:CALL, the rank passes one value less to this collective
 //   HONE_FAKE_NCCL_SWAP      RANK:CALL, the rank makes this collective after the next one
 //   HONE_FAKE_NCCL_DELAY     milliseconds that a rank waits before each collective, times a number of 0 to 3 that differs
 //   HONE_FAKE_NCCL_SEED      draws these numbers (0)
@@ -54,7 +55,8 @@ struct Config {
     unsigned magic, version;
 };
 
-// What a rank does at the moment. A field is written before the rank arrives, and read after all did.
+// The state of a rank in the current call. A rank writes its fields before it arrives; others read them after all have
+// arrived.
 struct Seat {
     std::atomic<int> process;
     char what[16];
@@ -148,7 +150,7 @@ int meet(Communicator& comm) {
     Shared& shared = *comm.shared;
     const uint64_t round = shared.round.load();
     if (shared.arrived.fetch_add(1) + 1 == comm.world) {
-        // One that came may have left again.
+        // A rank that arrived may have left again.
         if (shared.aborted.load() != 0) return remote_error;
         shared.arrived.store(0);
         shared.round.fetch_add(1);
@@ -159,7 +161,7 @@ int meet(Communicator& comm) {
         if (shared.aborted.load() != 0 && shared.round.load() == round) return remote_error;
         for (int rank = 0; looks % 200 == 199 && rank < comm.world; ++rank) {
             const int process = shared.seats[rank].process.load();
-            // A rank that left after it came is not missed.
+            // A rank that left after it had arrived is not an error.
             if (process != 0 && kill(process, 0) != 0 && errno == ESRCH && shared.round.load() == round) return remote_error;
         }
         if (looks > patience) return remote_error;

@@ -1,4 +1,5 @@
-// The order of work between streams, as vector clocks: each stream knows how much of every other stream's work lies before its own.
+// The order of work between streams, as vector clocks: each stream knows how much of every other stream's work lies
+// before its own.
 #include "streams.h"
 
 #include "graphs.h"
@@ -31,7 +32,7 @@ std::vector<std::unique_ptr<Stream>>& streams() {
     static std::vector<std::unique_ptr<Stream>> all;
     return all;
 }
-// What the host has waited for lies before all that it starts later.
+// Work that the host has waited for lies before all work that it starts later.
 Moment host;
 // The last work of each stream that used an allocation.
 std::map<Address, Moment> uses;

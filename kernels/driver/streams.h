@@ -13,7 +13,7 @@ struct Stream;
 // A moment in the order of all streams: for each stream, how much of its work lies before.
 typedef std::map<const Stream*, uint64_t> Moment;
 
-// What an event recorded.
+// The moment that an event recorded.
 struct Mark {
     Stream* stream = nullptr;
     Moment before;
@@ -37,16 +37,17 @@ private:
 void* create_stream();
 void destroy_stream(void* stream);
 
-// Work of a stream is done at once; it is done behind what the stream has queued.
+// Begins work of a stream that is done at once. It first finishes all work that the stream has queued.
 void begin(void* stream);
 // The work that has begun reads or writes the allocation of this address, if it is one.
 void touch(void* stream, Address address);
-// Queues work that writes to [to, to + bytes). It is done as late as the program allows: when a stream or the host waits for it, or when
-// its own stream does something else. Until then the memory holds 0xff. If another stream has used the memory and nothing orders that use
-// before this work, the work leaves 0xff.
+// Queues work that writes to [to, to + bytes). It is done as late as the program allows: when a stream or the host
+// waits for it, or when its own stream does something else. Until then the memory holds 0xff. If another stream has
+// used the memory and nothing orders that use before this work, the work leaves 0xff.
 void queue(void* stream, Address to, size_t bytes, std::function<void()> work, std::shared_ptr<Pending> pending = nullptr);
-// Queues work that reads [from, from + bytes), to be done as late. It is told whether it read too early or too late: another stream has used
-// the memory and nothing orders that use before this work, or the memory was freed before it.
+// Queues work that reads [from, from + bytes); it is done as late as a write. `torn` is true if the read came too early
+// or too late: another stream has used the memory and nothing orders that use before this work, or the memory was freed
+// before it.
 void queue_read(void* stream, Address from, size_t bytes, std::function<void(bool torn)> work);
 // The memory of an allocation is about to be freed by a stream, which must know of all uses of it.
 void check_free(void* stream, Address address);
@@ -58,7 +59,7 @@ void wait_for(void* stream, const Mark& mark);
 void host_waits_for(const Mark& mark);
 void host_waits_for_all();
 
-// The allocation is freed: nothing that is queued may write to it, and what would read it reads nothing.
+// The allocation is freed. Queued work does not write to it any more, and queued reads of it read nothing.
 void forget(Address first, uint64_t bytes);
 
 }  // namespace fake

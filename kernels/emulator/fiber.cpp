@@ -95,7 +95,7 @@ Fiber* new_fiber(unsigned number, void (*body)()) {
     // Stacks that all start at the same offset of a page compete for one set of the cache, so each starts some
     // lines lower than the last.
     const uintptr_t top = reinterpret_cast<uintptr_t>(fiber->stack) + stack_bytes - (number % 16) * 256;
-    void** frame = reinterpret_cast<void**>(top) - 1; // what a call would have pushed; enter_fiber never returns to it
+    void** frame = reinterpret_cast<void**>(top) - 1; // the return address; enter_fiber never returns to it
     *--frame = reinterpret_cast<void*>(enter_fiber);
     for (int i = 0; i < 6; ++i) *--frame = nullptr;
     fiber->stack_pointer = frame;

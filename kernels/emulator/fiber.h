@@ -9,7 +9,7 @@
 namespace emulator {
 
 struct Fiber {
-    void* stack_pointer; // where the fiber was left
+    void* stack_pointer; // the stack pointer when the fiber was left
     char* stack;          // its lowest usable address
     size_t stack_bytes;
     void* address_sanitizer;

@@ -2,9 +2,9 @@
 //
 // Work that is asynchronous on the hardware happens here as late or as early as a program may expect, by the launch's
 // order. A copy's bytes arrive at once, or when somebody waits for its barrier. A product reads its operands at once,
-// or when it is waited for; its results hold NaN until then. So a missing wait, and a stage that is used again too
-// early, give other results in one of the orders. Each warp computes its own quarter of a product: a warpgroup's
-// warps do not wait for each other.
+// or when it is waited for; its results hold NaN until then. So a missing wait, or a stage that is reused too early,
+// gives other results in one of the orders. Each warp computes its own quarter of a product: a warpgroup's warps do not
+// wait for each other.
 #pragma once
 #include "tensor_core.h"
 

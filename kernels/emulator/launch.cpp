@@ -137,7 +137,7 @@ class Helpers {
 }  // namespace
 
 std::vector<Kernel>& kernels() {
-    static std::vector<Kernel>* table = new std::vector<Kernel>();  // read by what runs at exit
+    static std::vector<Kernel>* table = new std::vector<Kernel>();  // read by the functions that run at exit
     return *table;
 }
 

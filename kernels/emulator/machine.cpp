@@ -1,4 +1,5 @@
-// The rules of the machine: which thread runs next, which threads wait for each other, and what ends the process.
+// The rules of the machine: the order in which threads run, their waits for each other, and the faults that end the
+// process.
 #include "machine.h"
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Runs one block of CUDA threads on the host: what a kernel's source sees of the emulated machine.
+// Runs one block of CUDA threads on the host. This is the part of the emulated machine that a kernel's source sees.
 //
 // Each CUDA thread is a fiber (fiber.h) of the host thread that runs its block. A fiber runs until it waits: at a
 // barrier, or at a warp collective (a shuffle, a vote, a matrix product), which the last lane to arrive carries out
@@ -60,18 +60,20 @@ struct Thread {
     unsigned product_groups; // committed so far
 };
 
-// A barrier that counts arrivals and bytes (mbarrier). Its eight bytes of shared memory hold its number.
+// The content of a tensor map, as cuTensorMapEncodeTiled writes it here.
 struct TensorMapBits {
     uint64_t mark, base, row_bytes;
     uint32_t columns, rows, box_columns, box_rows, swizzle;
 };
 const uint64_t tensor_map_mark = 0x70616d20736e6574;
+// A copy of a box to shared memory.
 struct Transfer {
     unsigned char* to;
     TensorMapBits map;
     int x, y;
     bool done;
 };
+// A barrier that counts arrivals and bytes (mbarrier). Its eight bytes of shared memory hold its number.
 struct PhaseBarrier {
     const void* at;
     unsigned arrivals, pending, waiters;
@@ -96,7 +98,7 @@ struct Accumulator {
 struct RunningProduct {
     uint64_t a, b;             // descriptors
     const uint32_t* left[32];  // A in registers; null: in shared memory
-    uint32_t left_bits[32][4]; // what they held
+    uint32_t left_bits[32][4]; // their values when the product began
     int columns;
     bool accumulate, across_rows, read;
     unsigned group;
@@ -157,8 +159,7 @@ void describe_wait(const Thread& thread);
 void begin_asynchronous(Block& block);
 void end_asynchronous(const Block& block);
 
-// The race detector's: whether it is there, and what it wants to know. A thread's release is known to whoever
-// acquires it.
+// Hooks of the race detector, and whether it is built in. A thread that acquires knows the accesses before the release.
 extern bool keeps_order;
 extern void (*before_asynchronous_read)(const void* address, size_t bytes);
 extern void (*after_asynchronous_write)(const void* address, size_t bytes);
@@ -172,7 +173,7 @@ void order_warp(void* const operands[32]);
 // Waits for the lanes of `mask`, then `operation` runs once over their operands.
 void collective(uint32_t mask, Operation operation, void* operand, const Site* site);
 
-// Orders the kernels before this one before what the running thread does from here on.
+// Orders the earlier kernels before all further accesses of the running thread.
 inline void wait_for_earlier_kernels() { thread->waited = true; }
 // Ends the process if the running thread uses global memory, or returns, before it has waited.
 void check_waited(const char* what);

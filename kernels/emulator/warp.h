@@ -47,8 +47,9 @@ inline unsigned lane_xor(unsigned bits, int width) {
     return other >= (lane() & ~(width - 1u)) + width ? lane() : other;
 }
 
-// Five shuffles between lanes whose numbers differ by 16, 8, 4, 2 and 1, each followed by Merge, in one step: what
-// `x = Merge::of(x, __shfl_xor_sync(0xffffffff, x, offset))` gives in a loop, to the last bit, with a fifth of its switches.
+// Five shuffles between lanes whose numbers differ by 16, 8, 4, 2 and 1, each followed by Merge, in one step. The
+// result has the bits of `x = Merge::of(x, __shfl_xor_sync(0xffffffff, x, offset))` in a loop, with a fifth of its
+// switches.
 template <class T, class Merge>
 void butterfly(void* const operands[32]) {
     T values[32], merged[32];

@@ -28,7 +28,7 @@ pub struct Card<'a> {
     pub settings: Vec<(String, String)>,
 }
 
-/// The text of `README.md` in the form that model hubs read: a header, then text.
+/// Returns the text of `README.md` in the form that model hubs read: a header, then text.
 pub fn markdown(card: &Card) -> String {
     let parameters = card.parameters;
     let mut lines = vec![
@@ -76,7 +76,7 @@ pub fn markdown(card: &Card) -> String {
     lines.join("\n") + "\n"
 }
 
-/// The programs that load the adapter. vLLM takes neither magnitudes nor trained rows of tokens.
+/// Returns the programs that load the adapter. vLLM takes neither magnitudes nor trained rows of tokens.
 fn load_with(card: &Card) -> &'static str {
     match card.plain {
         true => "Load it with `peft.PeftModel.from_pretrained(base, FOLDER)` or as a vLLM LoRA module.",
@@ -87,7 +87,8 @@ fn load_with(card: &Card) -> &'static str {
     }
 }
 
-/// The hub's `model-index`: what the evaluation gave, of the best or the last adapter, whichever the folder holds.
+/// Returns the hub's `model-index`: the results of the evaluation of the adapter in the folder, which is the best or
+/// the last one.
 fn results(card: &Card) -> Vec<String> {
     let trained = card.trained;
     let best = trained.best.as_ref().filter(|_| trained.restored_step.is_some());
@@ -109,7 +110,7 @@ fn results(card: &Card) -> Vec<String> {
     ]
 }
 
-/// Text from outside, made safe for Markdown: without line breaks, bars, brackets and backticks.
+/// Returns the text from outside, made safe for Markdown: without line breaks, bars, brackets and backticks.
 fn plain(text: &str) -> String {
     text.chars().map(|c| if c.is_control() || "|<>[]`".contains(c) { ' ' } else { c }).collect()
 }

@@ -55,7 +55,7 @@ pub struct AdapterConfig {
     /// Whether the adapter is loaded for inference.
     #[serde(default)]
     pub inference_mode: bool,
-    /// How the matrices were initialised.
+    /// The initialisation of the matrices.
     pub init_lora_weights: Option<serde_json::Value>,
     /// hone has only null.
     pub layer_replication: Option<serde_json::Value>,
@@ -117,7 +117,7 @@ fn none() -> String {
     "none".into()
 }
 
-/// The configuration of a trained adapter.
+/// Returns the configuration of a trained adapter.
 pub fn config(
     sites: &[Site],
     tokens: &[TokenRows],
@@ -159,7 +159,7 @@ pub fn config(
     }
 }
 
-/// A list if only rows of the embedding are trained, as most people write it, else a map of tables.
+/// Returns a list if only rows of the embedding are trained, as most people write it, else a map of tables.
 fn token_indices(tokens: &[TokenRows]) -> Option<serde_json::Value> {
     match tokens {
         [] => None,
@@ -171,7 +171,7 @@ fn token_indices(tokens: &[TokenRows]) -> Option<serde_json::Value> {
     }
 }
 
-/// The tokens of `trainable_token_indices`. Every table but the output head is the embedding.
+/// Returns the tokens of `trainable_token_indices`. Every table but the output head is the embedding.
 fn tokens_of(value: Option<&serde_json::Value>) -> Result<Tokens> {
     let ids = |value: &serde_json::Value| -> Result<Vec<u32>> {
         serde_json::from_value(value.clone()).map_err(|error| {
@@ -202,7 +202,7 @@ fn whole(alpha: f64) -> serde_json::Number {
     }
 }
 
-/// The adapted modules: last names if each of them is adapted in every layer, and whole paths otherwise. In a
+/// Returns the adapted modules: last names if each of them is adapted in every layer, and whole paths otherwise. In a
 /// multimodal wrapper, last names would match the vision tower's modules too.
 fn target_modules(sites: &[Site], layers: usize) -> Vec<String> {
     let names: BTreeSet<&str> = sites.iter().map(|site| last(site.projection.path)).collect();
@@ -217,7 +217,7 @@ fn last(path: &str) -> &str {
     path.rsplit('.').next().unwrap_or(path)
 }
 
-/// The content of `adapter_model.safetensors`. The same parameters give the same bytes.
+/// Returns the content of `adapter_model.safetensors`. The same parameters give the same bytes.
 pub fn weights(trainable: &Trainable) -> Result<Vec<u8>> {
     let mut tensors = BTreeMap::new();
     let params = trainable.params.to_device(&Device::Cpu)?;
@@ -266,7 +266,7 @@ pub fn read_config(folder: &Path) -> Result<AdapterConfig> {
     serde_json::from_slice(&text).map_err(|error| wrong(&file, format!("not a LoRA config of PEFT: {error}")))
 }
 
-/// The name that an adapter's folder gives its base model; empty if it gives none.
+/// Returns the name that an adapter's folder gives its base model; empty if it gives none.
 pub fn base_model(folder: &Path) -> String {
     let config = read_config(folder).ok();
     config.and_then(|config| config.base_model_name_or_path).unwrap_or_default()
@@ -274,7 +274,7 @@ pub fn base_model(folder: &Path) -> String {
 
 /// An adapter that was read from a folder.
 pub struct Adapter {
-    /// Its configuration.
+    /// The adapter's configuration.
     pub config: AdapterConfig,
     tensors: std::collections::HashMap<String, Tensor>,
     folder: std::path::PathBuf,
@@ -327,8 +327,8 @@ pub fn read(folder: &Path) -> Result<Adapter> {
     Ok(Adapter { config, tensors: named, folder: folder.to_owned() })
 }
 
-/// A tensor's name as PEFT saves it, without the parts that `torch.compile`, data-parallel wrappers and the adapter's
-/// own name add.
+/// Returns a tensor's name as PEFT saves it, without the parts that `torch.compile`, data-parallel wrappers and the
+/// adapter's own name add.
 fn plain_name(name: &str) -> String {
     let name = unwrapped(name);
     // Saved as a bare parameter, as a parameter of the adapter's name, or as the weight of a module.
@@ -364,7 +364,7 @@ fn changes_base(config: &AdapterConfig) -> bool {
     }
 }
 
-/// The patterns with their numbers, in their order.
+/// Returns the patterns with their numbers, in their order.
 fn numbers<T>(
     patterns: &Patterns,
     read: impl Fn(&serde_json::Value) -> Option<T>,
@@ -379,12 +379,12 @@ fn numbers<T>(
 }
 
 impl Adapter {
-    /// The file of the matrices, for messages.
+    /// Returns the file of the matrices, for messages.
     pub fn file(&self) -> std::path::PathBuf {
         self.folder.join(WEIGHTS_FILE)
     }
 
-    /// The options `asked`, with rank, scale and targets of this adapter.
+    /// Returns the options `asked`, with rank, scale and targets of this adapter.
     pub fn options(&self, asked: &LoraOptions) -> Result<LoraOptions> {
         let paths = self.tensors.keys().filter_map(|name| {
             Some(name.strip_prefix("base_model.model.")?.strip_suffix(".lora_A.weight")?.to_owned())
@@ -431,8 +431,8 @@ impl Adapter {
         self.nothing_else(&trainable.sites, &trainable.tokens)
     }
 
-    /// The LoRA pairs for a base of these facts, on the device that serves it. `pairs` is the type of A and B where a
-    /// pair has no magnitudes, `dtype` that of everything else.
+    /// Returns the LoRA pairs for a base of these facts, on the device that serves it. `pairs` is the type of A and B
+    /// if a pair has no magnitudes, `dtype` the type of everything else.
     ///
     /// # Errors
     /// Model: the adapter belongs to another base, or it would change nothing.
@@ -472,7 +472,7 @@ impl Adapter {
         wrong(&self.folder.join(WEIGHTS_FILE), what)
     }
 
-    /// The fault for an adapter of another base; it names both bases.
+    /// Returns the fault for an adapter of another base; it names both bases.
     fn of_another_base(&self, facts: &Facts) -> Fault {
         let made_for = self.config.base_model_name_or_path.as_deref().unwrap_or("a base it does not name");
         let (family, layers, width) = (facts.family, facts.layers.len(), facts.width);
@@ -481,7 +481,8 @@ impl Adapter {
         ))
     }
 
-    /// The tensor of this name, of the expected shape and with finite values. `help`: what it means if it is missing.
+    /// Returns the tensor of this name, of the expected shape and with finite values. `help`: the reason why it may be
+    /// missing.
     fn checked(&self, name: &str, expected: &[usize], help: Option<&str>) -> Result<&Tensor> {
         let tensor = self.tensors.get(name).ok_or_else(|| {
             let missing = self.wrong(format!("{name} is missing"));
@@ -502,7 +503,7 @@ impl Adapter {
         }
     }
 
-    /// One matrix of a site.
+    /// Returns one matrix of a site.
     fn matrix(&self, site: &Site, letter: &str) -> Result<&Tensor> {
         let expected = match letter {
             "A" => [site.rank, site.projection.cols],
@@ -511,19 +512,19 @@ impl Adapter {
         self.checked(&tensor_name(&site.path, letter), &expected, None)
     }
 
-    /// The magnitudes of a site, in f32 (f64 in tests).
+    /// Returns the magnitudes of a site, in f32 (f64 in tests).
     fn finished_magnitudes(&self, site: &Site, dtype: DType, device: &Device) -> Result<Dora> {
         let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
         Ok(Dora::new(self.magnitudes(site)?.to_dtype(wide)?.to_device(device)?))
     }
 
-    /// The magnitudes of a site, `[N]`.
+    /// Returns the magnitudes of a site, `[N]`.
     fn magnitudes(&self, site: &Site) -> Result<&Tensor> {
         let help = format!("{CONFIG_FILE} says use_dora: true");
         self.checked(&magnitude_name(&site.path), &[site.projection.rows], Some(&help))
     }
 
-    /// The trained rows of a table.
+    /// Returns the trained rows of a table.
     fn token_rows(&self, rows: &TokenRows) -> Result<&Tensor> {
         let help = format!("{CONFIG_FILE} has trainable_token_indices for it");
         self.checked(&rows_name(&rows.path), &[rows.ids.len(), rows.width], Some(&help))

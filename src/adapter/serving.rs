@@ -14,7 +14,7 @@ const RANK_MAX: usize = 16;
 /// Families whose class in vLLM takes no adapters.
 const WITHOUT_LORA: [&str; 1] = ["falcon"];
 
-/// One warning for each problem; none if the adapter loads as it is.
+/// Returns one warning for each problem; none if the adapter loads as it is.
 pub fn warnings(facts: &Facts, options: &LoraOptions) -> Vec<String> {
     let mut list = Vec::new();
     let highest =

@@ -9,7 +9,7 @@ use crate::fault::{Fault, Result};
 const MIXED: [usize; 20] =
     [25, 40, 52, 64, 76, 87, 99, 112, 126, 141, 159, 179, 202, 228, 259, 296, 354, 430, 561, 904];
 
-/// The lengths of one step of `tokens` tokens: `one` example, `mixed` lengths, examples of the same length, or
+/// Returns the lengths of one step of `tokens` tokens: `one` example, `mixed` lengths, examples of the same length, or
 /// lengths from a file, in turn.
 pub fn of_step(wanted: &str, tokens: usize) -> Result<Vec<usize>> {
     match wanted {
@@ -37,7 +37,7 @@ fn read(file: &Path) -> Result<Vec<usize>> {
     }
 }
 
-/// The same lengths in an order whose every beginning is about as mixed as the whole.
+/// Returns the same lengths in an order whose every beginning is about as mixed as the whole.
 fn spread(lengths: &[usize]) -> Vec<usize> {
     // 7 and 20 have no common divisor, so every length comes once.
     (0..lengths.len()).map(|i| lengths[i * 7 % lengths.len()]).collect()

@@ -1,5 +1,5 @@
-//! A model folder or a named shape -> training speed on this machine, compared with what the machine can do, as a
-//! table and JSON. The trainer itself runs, on random tokens.
+//! A model folder or a named shape -> training speed on this machine, compared with the machine's limits, as a table
+//! and JSON. The benchmark runs the real trainer on random tokens.
 
 mod lengths;
 mod rates;
@@ -235,7 +235,7 @@ fn train(
     Ok(Timed { seconds, loss: last, launches })
 }
 
-/// Any tokens are suitable; these have no period that a step would repeat.
+/// Returns a token. Any tokens are suitable; these have no period that a step would repeat.
 fn token(step: usize, example: usize, i: usize) -> u32 {
     let place = (step as u64) << 42 | (example as u64) << 24 | i as u64;
     crate::ops::dropout::mix(place) as u32
@@ -250,12 +250,12 @@ impl Outcome {
         self.options.tokens as f64 / seconds
     }
 
-    /// The step's share of the measured rate of matrix products.
+    /// Returns the step's share of the measured rate of matrix products.
     fn share(&self) -> f64 {
         self.flops / self.median() / self.measured.matrix
     }
 
-    /// The result as a table for people.
+    /// Returns the result as a table for people.
     pub fn table(&self) -> String {
         let (least, most) = (self.seconds[0], self.seconds[self.seconds.len() - 1]);
         let rows = [
@@ -300,7 +300,7 @@ impl Outcome {
         whole::write_named(file, (text + "\n").as_bytes())
     }
 
-    /// The result as JSON.
+    /// Returns the result as JSON.
     pub fn json(&self) -> Json {
         json!({
             "hone": env!("CARGO_PKG_VERSION"),

@@ -68,7 +68,7 @@ fn matrix(device: &Device, dtype: DType, precision: Precision) -> Result<f64> {
     Ok(2.0 * (size * size * size) as f64 / seconds)
 }
 
-/// Seconds of one call, when `repeats` calls are made in a row, in the best round.
+/// Measures the seconds of one call if `repeats` calls are made in a row, in the best round.
 fn best(device: &Device, repeats: usize, call: impl Fn() -> Result<()>) -> Result<f64> {
     call()?;
     let mut seconds = f64::MAX;

@@ -1,4 +1,4 @@
-//! Flags of `hone bench` -> what to measure.
+//! Flags of `hone bench` -> the measurements to make.
 
 use std::path::PathBuf;
 

@@ -163,7 +163,7 @@ impl Controller {
     }
 }
 
-/// How a cluster runs hone.
+/// The settings of a cluster that runs hone.
 #[derive(Args)]
 struct Cluster {
     /// Image of hone in the cluster [default: hone:cuda, or hone:cpu with --gpus 0]

@@ -1,4 +1,4 @@
-//! The objects of a Workspace that serves -> the cluster, if they are not there as they should be.
+//! The objects of a Workspace that serves -> the cluster, if its objects differ.
 //!
 //! An object is applied if it is not as this controller last wrote it, or should be another; at rest no request is
 //! sent.
@@ -23,7 +23,7 @@ use crate::workspace::serve::Served;
 
 /// The annotation of the StatefulSet with the hash of all objects.
 const HASH: &str = "hone.sh/spec-hash";
-/// LIMIT: checks whether a StatefulSet that is made anew is gone, and the pause between two checks.
+/// LIMIT: checks whether a StatefulSet that is created again is gone, and the pause between two checks.
 const ORPHAN_LOOKS: u32 = 20;
 const ORPHAN_PAUSE: Duration = Duration::from_millis(500);
 
@@ -76,8 +76,8 @@ pub async fn apply(
 /// Versions of a Workspace's objects, by kind and name.
 type Marks = BTreeMap<String, String>;
 
-/// The version of an object as far as hone writes it: the generation, which the status does not move; a Service has
-/// none.
+/// Returns the version of an object as far as hone writes it: the generation, which the status does not move; a Service
+/// has none.
 fn mark<K: Resource<DynamicType = ()> + Serialize>(object: &K) -> String {
     match object.meta().generation {
         Some(generation) if K::kind(&()) != "ConfigMap" => generation.to_string(),
@@ -91,7 +91,7 @@ fn mark<K: Resource<DynamicType = ()> + Serialize>(object: &K) -> String {
     }
 }
 
-/// Returns whether two copies of an object are the same, but for what its own controllers write.
+/// Returns whether two copies of an object are the same, except for fields that its own controllers write.
 pub fn same_mark<K: Resource<DynamicType = ()> + Serialize>(one: &K, two: &K) -> bool {
     one.meta().uid == two.meta().uid && mark(one) == mark(two)
 }
@@ -100,7 +100,8 @@ fn place<K: Resource<DynamicType = ()>>(name: &str) -> String {
     format!("{}/{name}", K::kind(&()))
 }
 
-/// The marks of the objects as the watches brought them. What a watch cannot tell now counts as it was applied.
+/// Returns the marks of the objects as the watches received them. If a watch does not work now, the mark of the applied
+/// object counts.
 fn marks(of: &Reconciler<'_>, served: &Served) -> Marks {
     let known = of.context.note(&of.workspace, |notes| notes.applied.clone());
     let mut marks = Marks::new();
@@ -183,8 +184,8 @@ where
     Ok(Some(format!("{kind} {name} is not of this Workspace: rename the Workspace, or remove the {kind}")))
 }
 
-/// Applies a StatefulSet. If an earlier hone wrote a field that cannot be changed, the set is made anew, and its pods
-/// go on meanwhile.
+/// Applies a StatefulSet. If an earlier hone wrote a field that cannot be changed, the set is created again, and its
+/// pods go on meanwhile.
 async fn put_set(of: &Reconciler<'_>, set: &StatefulSet, marks: &mut Marks) -> kube::Result<()> {
     let fixed = |error: &kube::Error| {
         matches!(error, kube::Error::Api(status) if status.code == 422

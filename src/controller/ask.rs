@@ -1,5 +1,5 @@
-//! Servers of a Workspace -> which adapters they answer with. Each is asked over HTTP, and only until it has taken what
-//! it should.
+//! Servers of a Workspace -> the adapters that they answer with. Each server is queried over HTTP, and only until it
+//! has applied the wanted adapters.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -30,15 +30,15 @@ pub struct Said {
     pub parts: Vec<String>,
 }
 
-/// How the adapters of a Workspace stand.
+/// The state of a Workspace's adapters.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub enum Adapters {
-    /// It has none.
+    /// The Workspace has no adapters.
     #[default]
     None,
     /// Every server answers with these.
     Answer(Vec<String>),
-    /// Not every server does yet, and why.
+    /// Not every server serves them yet, for this reason.
     Pending(String),
     /// A server refuses them and keeps its earlier adapters.
     Refused(String),
@@ -47,7 +47,7 @@ pub enum Adapters {
 /// Answers of servers, by the uid of their pods.
 pub type Answers = BTreeMap<String, Result<Said, String>>;
 
-/// A client for requests to servers of the cluster: without proxy, without redirects, with a time limit.
+/// Returns a client for requests to servers of the cluster: without proxy, without redirects, with a time limit.
 pub fn client() -> reqwest::Client {
     let builder = reqwest::Client::builder().no_proxy().timeout(ANSWER_MAX);
     builder.redirect(reqwest::redirect::Policy::none()).build().unwrap_or_default()
@@ -91,7 +91,7 @@ async fn one(client: &reqwest::Client, pod: &Pod) -> Result<Said, String> {
     Ok(read(&models))
 }
 
-/// The answer of `/v1/models`.
+/// Returns the answer of `/v1/models`.
 fn read(models: &Value) -> Said {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let file = &models["adapters_file"];
@@ -115,7 +115,8 @@ fn read(models: &Value) -> Said {
     }
 }
 
-/// How the adapters stand. `file`: the digest of what servers should have taken; `pods`: those that there should be.
+/// Returns the state of the adapters. `file`: the digest of the text that servers should have applied; `pods`: the
+/// expected pods.
 pub fn stand(answers: &Answers, pods: &[Arc<Pod>], file: &str) -> Adapters {
     let ready: Vec<&Arc<Pod>> = pods.iter().filter(|pod| is_ready(pod)).collect();
     let of = |pod: &Arc<Pod>| answers.get(pod.metadata.uid.as_deref().unwrap_or_default());

@@ -2,8 +2,8 @@
 //! them.
 //!
 //! The controller makes them itself, for the name of its Service, and renews them after two thirds of their life. All
-//! replicas serve with the pair in the Secret. A new pair is trusted (`caBundle`) before it is used, and the one before
-//! stays trusted beside it, so that no request meets a certificate that the API server does not know. The authority's
+//! replicas serve with the pair in the Secret. A new pair is trusted (`caBundle`) before it is used, and the previous
+//! one stays trusted beside it, so that the API server never sees a certificate that it does not know. The authority's
 //! key is never stored.
 
 use std::collections::BTreeMap;
@@ -48,7 +48,7 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// A new authority and a certificate for `host`, which it signed. `trusted`: the authority before, in PEM.
+    /// Returns a new authority and a certificate for `host`, which it signed. `trusted`: the authority before, in PEM.
     fn make(
         host: &str,
         valid: Duration,
@@ -85,7 +85,7 @@ impl Pair {
         })
     }
 
-    /// As a Secret holds it; `None`: it does not, or not one that can be served with.
+    /// Reads the pair in a Secret. `None`: there is none, or it cannot be used to serve.
     fn of(secret: &Secret) -> Option<Pair> {
         let data = secret.data.as_ref()?;
         let text = |name: &str| String::from_utf8(data.get(name)?.0.clone()).ok();
@@ -112,7 +112,7 @@ impl Pair {
         }
     }
 
-    /// For serving; `None`: the certificate and its key do not fit.
+    /// Returns the configuration of a server. `None`: the certificate and its key do not match.
     fn config(&self) -> Option<Arc<ServerConfig>> {
         let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(self.chain.as_bytes()).collect();
         let key = PrivateKeyDer::from_pem_slice(self.key.as_bytes()).ok()?;
@@ -126,7 +126,7 @@ impl Pair {
 /// The last line of a certificate in PEM.
 const END: &str = "-----END CERTIFICATE-----";
 
-/// The first certificate of a text in PEM.
+/// Returns the first certificate of a text in PEM.
 fn first(pem: &str) -> Option<&str> {
     pem.find(END).map(|at| pem[..at + END.len()].trim_start())
 }
@@ -134,7 +134,7 @@ fn first(pem: &str) -> Option<&str> {
 /// LIMIT: authorities of a bundle; replicas that begin at the same time add one each.
 const AUTHORITIES_MAX: usize = 8;
 
-/// The certificates of both texts, each once, the first text's first.
+/// Returns the certificates of both texts, each once, the first text's first.
 fn joined(pem: &str, more: &str) -> String {
     let mut list: Vec<&str> = Vec::new();
     for found in [pem, more].iter().flat_map(|text| text.split_inclusive(END)).map(str::trim) {
@@ -159,15 +159,17 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// The host name that the API server requests.
+    /// Returns the host name that the API server requests.
     fn host(&self) -> String {
         format!("{SERVICE}.{}.svc", self.namespace)
     }
 
-    /// The certificate to serve with now. Renews the pair if it is time, and mends a trust that somebody changed.
+    /// Returns the certificate to serve with now. Renews the pair if it is due, and restores a `caBundle` that somebody
+    /// changed.
     ///
     /// # Errors
-    /// Those of the API server; a conflict with another replica is one, and the next look finds what that one wrote.
+    /// The errors of the API server. A conflict with another replica is one; the next look finds the pair that it
+    /// wrote.
     pub async fn look(&self) -> kube::Result<Arc<ServerConfig>> {
         let secrets = Api::<Secret>::namespaced(self.client.clone(), &self.namespace);
         let old = secrets.get_opt(SECRET).await?;
@@ -179,11 +181,12 @@ impl Keeper {
                 let trusted = known.as_ref().and_then(|pair| first(&pair.trust));
                 let pair = Pair::make(&self.host(), self.valid, now, trusted)
                     .map_err(|error| kube::Error::Service(format!("no certificate: {error}").into()))?;
-                // Trusted first: from the next line on, other replicas serve with it. Another replica may have been
-                // faster, so what is trusted now stays trusted until the Secret says which pair counts.
+                // The pair is trusted before it is stored, since other replicas serve with it from then on. Another
+                // replica may have been faster, so authorities that are trusted now stay trusted until the Secret shows
+                // which pair counts.
                 self.trust(&pair.trust, true).await?;
                 if known.is_some() {
-                    // Until every API server has read it, the pair before is served with.
+                    // The previous pair serves until every API server has read the new trust.
                     tokio::time::sleep(self.spread).await;
                 }
                 let secret = pair.secret(&self.namespace, old.as_ref());

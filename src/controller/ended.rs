@@ -42,7 +42,7 @@ pub struct Said {
 }
 
 impl Ended {
-    /// The end as the kubelet reports it.
+    /// Returns the end as the kubelet reports it.
     pub fn of(state: &ContainerStateTerminated) -> Ended {
         let text = state.message.as_deref().unwrap_or_default();
         // With FallbackToLogsOnError the message may be the end of the log, whose lines are JSON too, but of no kind.
@@ -56,7 +56,7 @@ impl Ended {
         }
     }
 
-    /// `exit code 11 (data): row 3 ...; what to do`, on several nodes behind the pod.
+    /// Returns `exit code 11 (data): row 3 ...; REMEDY`, on several nodes preceded by the pod.
     pub fn told(&self) -> String {
         match self.pod {
             Some(index) => format!("pod {index}: {}", self.told_of_container()),

@@ -38,13 +38,13 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Events are written through `client` and name `identity` as the reporting instance.
+    /// Returns a recorder that writes Events through `client` and names `identity` as the reporting instance.
     pub fn new(client: Client, identity: &str) -> Recorder {
         Recorder { client, identity: plain(identity, INSTANCE_BYTES_MAX) }
     }
 
-    /// An Event that cannot be written is no reason to fail. Each has a name of its own, so that none shows an older
-    /// note.
+    /// Writes an Event. An Event that cannot be written is no reason to fail. Each has a name of its own, so that none
+    /// shows an older note.
     pub async fn tell(&self, workspace: &Workspace, weight: Weight, reason: &str, note: &str) {
         let now = Timestamp::now();
         let event = Event {
@@ -70,10 +70,11 @@ impl Recorder {
     }
 }
 
-/// The newest Warning about an object, as `Reason: message`. `passed_over`: reasons that are told in another way.
+/// Returns the newest Warning about an object, as `Reason: message`. `passed_over`: reasons that are reported in
+/// another way.
 ///
 /// # Errors
-/// Those of the API server; a controller without the right to list Events gets none.
+/// The errors of the API server; a controller without the right to list Events gets none.
 pub async fn newest_warning(
     client: &Client,
     namespace: &str,
@@ -101,10 +102,10 @@ pub async fn newest_warning(
     }))
 }
 
-/// The end of a Job that is gone, from the Events that its controller left.
+/// Returns the end of a Job that is gone, from the Events that its controller left.
 ///
 /// # Errors
-/// Those of the API server.
+/// The errors of the API server.
 pub async fn end_of_job(
     client: &Client,
     namespace: &str,
@@ -135,7 +136,7 @@ pub async fn end_of_job(
     }))
 }
 
-/// The time of the last occurrence.
+/// Returns the time of the last occurrence.
 fn time(event: &CoreEvent) -> Option<Timestamp> {
     let series =
         event.series.as_ref().and_then(|series| series.last_observed_time.as_ref()).map(|time| time.0);

@@ -15,7 +15,7 @@ const PORT: u16 = 8080;
 const WEBHOOK_PORT: u16 = 9443;
 const WEBHOOK_VARIABLE: &str = "HONE_WEBHOOK";
 
-/// The objects, in the order of application.
+/// Returns the objects, in the order of application.
 pub fn objects(image: &str) -> Vec<Value> {
     let labels = json!({"app.kubernetes.io/name": NAME, MANAGED_BY: MANAGER});
     let named = |name: &str| json!({"name": name, "labels": labels});
@@ -51,8 +51,8 @@ pub fn objects(image: &str) -> Vec<Value> {
     .collect()
 }
 
-/// The objects of the webhook. The controller answers it with HONE_WEBHOOK=true; without an answer Workspaces are
-/// accepted.
+/// Returns the objects of the webhook. The controller answers it with HONE_WEBHOOK=true; without an answer Workspaces
+/// are accepted.
 pub fn webhook() -> Vec<Value> {
     const NAME: &str = "hone-webhook";
     let labels = json!({"app.kubernetes.io/name": NAME, MANAGED_BY: MANAGER});
@@ -110,7 +110,7 @@ pub fn webhook() -> Vec<Value> {
     ]
 }
 
-/// The webhook as a part of a kustomization, beside the controller's: `components: [.../jobs/webhook]`.
+/// Returns the webhook as a part of a kustomization, beside the controller's: `components: [.../jobs/webhook]`.
 pub fn webhook_component() -> Value {
     let patch = yaml::write(&[json!([{
         "op": "add", "path": "/spec/template/spec/containers/0/env/-",
@@ -129,7 +129,7 @@ fn rule(group: &str, resources: &[&str], verbs: &[&str]) -> Value {
 /// The verbs for objects that the controller creates, changes and deletes.
 const MADE: [&str; 6] = ["get", "list", "watch", "create", "patch", "delete"];
 
-/// The rights of users: `admin` and `edit` of a cluster may change Workspaces, `view` may read them.
+/// Returns the rights of users: `admin` and `edit` of a cluster may change Workspaces, `view` may read them.
 pub fn user_roles() -> Vec<Value> {
     let status = format!("{PLURAL}/status");
     let role = |what: &str, to: &[&str], rules: Value| {
@@ -153,8 +153,8 @@ pub fn user_roles() -> Vec<Value> {
     ]
 }
 
-/// The files of the chart, by path. A template holds nothing but names of values, and variables that are left out if
-/// their value is empty, so that it renders what `objects` returns.
+/// Returns the files of the chart, by path. A template holds nothing but names of values, and variables that are left
+/// out if their value is empty, so that it renders what `objects` returns.
 pub fn chart() -> Vec<(&'static str, String)> {
     // The namespace is the release's.
     let mut list = objects("VALUE-image");
@@ -218,7 +218,7 @@ namespace: \"\"
 webhook: false
 ";
 
-/// The kustomization that `kubectl apply -k` reads.
+/// Returns the kustomization that `kubectl apply -k` reads.
 pub fn kustomization() -> Value {
     json!({
         "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization",
@@ -227,7 +227,7 @@ pub fn kustomization() -> Value {
     })
 }
 
-/// The rights of the controller. No Secret is read: Jobs name them, the kubelet mounts them.
+/// Returns the rights of the controller. No Secret is read: Jobs name them, the kubelet mounts them.
 fn cluster_rules() -> Vec<Value> {
     let status = format!("{PLURAL}/status");
     let finalizers = format!("{PLURAL}/finalizers");
@@ -238,23 +238,23 @@ fn cluster_rules() -> Vec<Value> {
         // Owners that block deletion ask for this one.
         rule(GROUP, &[&finalizers], &["update"]),
         rule("batch", &["jobs"], &["get", "list", "watch", "create", "patch", "delete"]),
-        // The states of pods say why one waits, how its container ended, how far it is.
+        // The states of pods show why one waits, how its container ended, and its progress.
         rule("", &["pods"], &["get", "list", "watch"]),
         rule("", &["pods/log"], &["get"]),
-        // Configurations are read, and a default is made if there is none; servers are told their adapters in one of
-        // their own.
+        // The controller reads configurations, creates a default one if there is none, and writes the adapters of
+        // servers into ConfigMaps of its own.
         rule("", &["configmaps"], &["get", "list", "watch", "create", "patch"]),
         // Whether any node has the labels.
         rule("", &["nodes"], &["get", "list", "watch"]),
         rule("apps", &["controllerrevisions"], &["get", "list", "create", "delete"]),
-        // The Deployment that serves, its addresses, and the number of its pods that may go at once.
+        // The StatefulSet that serves, its Services, and its disruption budget.
         rule("apps", &["statefulsets"], &MADE),
         rule("", &["services"], &MADE),
         rule("policy", &["poddisruptionbudgets"], &MADE),
         rule("events.k8s.io", &["events"], &["create"]),
         // Events alone say why a pod cannot be made or mounted.
         rule("", &["events"], &["list"]),
-        // Nodes are asked for and given back.
+        // The controller requests nodes and gives them back.
         rule(
             "karpenter.sh",
             &["nodeclaims", "nodepools"],

@@ -26,7 +26,7 @@ pub struct Election {
 }
 
 impl Election {
-    /// An election by the Lease of that name, in which this process takes part as `identity`.
+    /// Returns an election by the Lease of that name, in which this process takes part as `identity`.
     pub fn new(api: Api<Lease>, name: &str, identity: &str) -> Election {
         Election { api, name: name.into(), identity: identity.into(), seen: None }
     }
@@ -109,7 +109,8 @@ impl Election {
         spec.holder_identity.as_deref() == Some(self.identity.as_str())
     }
 
-    /// Nobody's, or not renewed for its whole duration while we looked.
+    /// Returns whether nobody holds the Lease, or whether it was not renewed for its whole duration while this process
+    /// watched it.
     fn is_free(&mut self, spec: &LeaseSpec) -> bool {
         if spec.holder_identity.as_deref().unwrap_or_default().is_empty() {
             return true;

@@ -23,7 +23,7 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// The beginning of a reconciliation, for [`Metrics::ended`].
+    /// Returns the beginning of a reconciliation, for [`Metrics::ended`].
     pub fn started(&self) -> Instant {
         Instant::now()
     }
@@ -57,7 +57,7 @@ impl Metrics {
         self.states.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// All metrics in Prometheus' text format.
+    /// Returns all metrics in Prometheus' text format.
     pub fn text(&self) -> String {
         let mut text = String::new();
         let mut family = |name: &str, kind: &str, help: &str, samples: &[(String, f64)]| {

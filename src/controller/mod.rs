@@ -1,11 +1,12 @@
-//! `hone controller`: Workspaces that tune -> Jobs, those that serve -> servers, and what becomes of them -> the
+//! `hone controller`: Workspaces that tune -> Jobs, those that serve -> servers, and the state of both -> the
 //! Workspaces' status.
 //!
-//! Level-triggered: every look starts from what there is (`reconcile`), so that nothing is lost with the process.
-//! `watches` holds what there is in memory, so that a Workspace at rest costs no request. `observe` and `status` are
-//! pure; `revision`, `nodes` and `lease` each keep one kind of object; `ask` asks servers; `events` tells and reads
-//! Events; `presence` notices KAITO and Karpenter; `webhook` answers the API server's reviews with the `certificates`
-//! that the controller makes itself; `install` is what a cluster needs to run it.
+//! The controller is level-triggered: every reconciliation starts from the cluster's state (`reconcile`), so that
+//! nothing is lost with the process. `watches` keeps this state in memory, so that a Workspace at rest costs no
+//! request. `observe` and `status` are pure; `revision`, `nodes` and `lease` each keep one kind of object; `ask`
+//! queries servers; `events` writes and reads Events; `presence` notices KAITO and Karpenter; `webhook` answers the API
+//! server's reviews with the `certificates` that the controller makes itself; `install` has the objects that a cluster
+//! needs to run it.
 
 mod apply;
 mod ask;
@@ -89,7 +90,7 @@ pub struct Options {
     pub namespace: Option<String>,
     /// Image, GPUs and cloud of the pods.
     pub settings: Settings,
-    /// Whether this process is one of several of which one leads.
+    /// Whether several processes run, of which one is elected to lead.
     pub elect: bool,
     /// The namespace of the Lease.
     pub lease_namespace: String,
@@ -97,11 +98,11 @@ pub struct Options {
     pub identity: String,
     /// The address of `/healthz`, `/readyz` and `/metrics`.
     pub address: SocketAddr,
-    /// Whether Workspaces are reviewed when they are written, and how.
+    /// Options of the webhook that reviews Workspaces when they are written; `None`: there is no webhook.
     pub webhook: Option<webhook::Options>,
 }
 
-/// The state that all reconciliations share. Objects are copies of the cluster's, as the watches last brought them;
+/// The state that all reconciliations share. Objects are copies of the cluster's, as the watches last received them;
 /// notes only save requests.
 struct Context {
     client: Client,
@@ -195,7 +196,7 @@ fn owner_of(workspace: &Workspace) -> Owner {
     (workspace.namespace().to_owned(), workspace.name().to_owned())
 }
 
-/// The owner of nodes, which belong to no Workspace.
+/// Returns the owner of nodes, which belong to no Workspace.
 fn no_owner() -> Owner {
     (String::new(), String::new())
 }
@@ -222,7 +223,7 @@ impl Context {
         self.metrics.forget(workspace);
     }
 
-    /// The pause before the next try; it doubles with each failure in a row.
+    /// Returns the pause before the next try; it doubles with each failure in a row.
     fn pause(&self, workspace: &Workspace) -> Duration {
         self.note(workspace, |notes| {
             notes.failures += 1;
@@ -242,8 +243,8 @@ impl Context {
 /// Runs the controller until a signal comes or another process leads.
 ///
 /// # Errors
-/// Config: no cluster to talk to, or no right to. Network: it does not answer. Interrupted: the lead was lost, so that
-/// whoever started this process starts it again.
+/// Config: no cluster to talk to, or no right to. Network: it does not answer. Interrupted: the lead was lost; the
+/// cluster starts this process again.
 pub fn run(options: &Options, report: &Report) -> Result<()> {
     source::install_crypto();
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -327,7 +328,8 @@ pub async fn run_with(
     ended
 }
 
-/// A process that does not lead is ready if it could lead, that is if it can list Workspaces.
+/// Keeps the readiness of a process that does not lead. It is ready if it could lead, which means that it can list
+/// Workspaces.
 async fn stand_by(client: &Client, options: &Options, trouble: &Mutex<Option<String>>) {
     loop {
         let one = ListParams::default().limit(1);
@@ -531,8 +533,8 @@ async fn watch_all(
 
 const KAITO_IS_HERE: &str = "KAITO's controller is installed: Workspaces are left to it";
 
-/// Reacts when KAITO or Karpenter is installed or removed: node claims are watched if there can be any, and every
-/// Workspace is reconciled again.
+/// Reacts when KAITO or Karpenter is installed or removed: watches node claims if there can be any, and reconciles
+/// every Workspace again.
 async fn follow_presence(context: &Arc<Context>, again: &watch::Sender<u64>, report: &Report) {
     let mut presence = context.presence.subscribe();
     let mut before = *presence.borrow_and_update();

@@ -41,7 +41,7 @@ pub enum Provider {
 }
 
 impl Provider {
-    /// The name in the log.
+    /// Returns the name in the log.
     pub fn name(self) -> &'static str {
         match self {
             Provider::None => "nobody",
@@ -71,7 +71,7 @@ pub fn wanted(workspace: &Workspace, provider: Provider) -> bool {
     provider != Provider::None && !workspace.resource.instance_type.is_empty()
 }
 
-/// The number of nodes of a Workspace: those that train together, or one for each server.
+/// Returns the number of nodes of a Workspace: those that train together, or one for each server.
 pub fn count(workspace: &Workspace) -> usize {
     usize::try_from(several::nodes(workspace)).unwrap_or(1)
 }
@@ -173,7 +173,7 @@ fn is_alive(object: &DynamicObject) -> bool {
     object.metadata.deletion_timestamp.is_none()
 }
 
-/// The number of claims that are not being deleted.
+/// Returns the number of claims that are not being deleted.
 pub fn alive(claims: &[Arc<DynamicObject>]) -> usize {
     claims.iter().filter(|claim| is_alive(claim)).count()
 }
@@ -209,13 +209,13 @@ pub fn claimed(claims: &[Arc<DynamicObject>]) -> Option<(bool, String)> {
     Some(if missing(&first) { first } else { alive.find(missing).unwrap_or(first) })
 }
 
-/// The Workspace that the labels of a claim name.
+/// Returns the Workspace that the labels of a claim name.
 pub fn owner(object: &DynamicObject) -> Option<Owner> {
     let labels = object.labels();
     Some((labels.get(NAMESPACE_LABEL)?.clone(), labels.get(WORKSPACE_LABEL)?.clone()))
 }
 
-/// The number of ready nodes with the Workspace's labels.
+/// Returns the number of ready nodes with the Workspace's labels.
 pub fn ready(nodes: &[Arc<Node>], selector: Option<&LabelSelector>) -> usize {
     nodes.iter().filter(|node| is_ready(node) && selects(selector, node.labels())).count()
 }
@@ -258,7 +258,7 @@ fn name(workspace: &Workspace, provider: Provider, hash: &str, attempt: u32) -> 
     }
 }
 
-/// The API of the objects that ask for nodes.
+/// Returns the API of the objects that ask for nodes.
 pub fn api(client: &Client, provider: Provider) -> Api<DynamicObject> {
     let (kind, plural) = match provider {
         Provider::NodePools => ("NodePool", "nodepools"),
@@ -269,7 +269,7 @@ pub fn api(client: &Client, provider: Provider) -> Api<DynamicObject> {
     Api::all_with(client.clone(), &resource)
 }
 
-/// `spec.nodeClassRef`: the class that describes the cloud's machines.
+/// Returns `spec.nodeClassRef`: the class that describes the cloud's machines.
 fn class(workspace: &Workspace, cloud: Cloud) -> Value {
     let name = workspace.annotation(&format!("{PREFIX}node-class")).unwrap_or(NODE_CLASS);
     let (group, kind) = match cloud {
@@ -279,7 +279,7 @@ fn class(workspace: &Workspace, cloud: Cloud) -> Value {
     json!({"group": group, "kind": kind, "name": name})
 }
 
-/// The labels that identify the Workspace and that the pod's affinity selects.
+/// Returns the labels that identify the Workspace and that the pod's affinity selects.
 fn labels(workspace: &Workspace) -> Value {
     let selector = workspace.resource.label_selector.as_ref();
     let mut labels: serde_json::Map<String, Value> = selector
@@ -351,7 +351,7 @@ fn pool(workspace: &Workspace, cloud: Cloud) -> Value {
     })
 }
 
-/// The `Ready` condition, with the message of the condition that says why not.
+/// Returns the `Ready` condition, with the message of the condition that says why not.
 fn readiness(object: &Value) -> (bool, String) {
     let conditions = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
     let ready =

@@ -20,7 +20,7 @@ pub enum Stage {
     Running,
     /// The Job is complete.
     Succeeded,
-    /// The Job has failed for good.
+    /// The Job has failed permanently.
     Failed,
 }
 
@@ -28,7 +28,7 @@ impl Stage {
     /// All stages.
     pub const ALL: [Stage; 4] = [Stage::Pending, Stage::Running, Stage::Succeeded, Stage::Failed];
 
-    /// KAITO's `status.state`.
+    /// Returns KAITO's `status.state`.
     pub fn name(self) -> &'static str {
         match self {
             Stage::Pending => "Pending",
@@ -132,7 +132,7 @@ pub fn is_leaving(job: &Job) -> bool {
     job.metadata.deletion_timestamp.is_some()
 }
 
-/// Returns whether the Job succeeded, or failed for good.
+/// Returns whether the Job succeeded, or failed permanently.
 pub fn is_over(job: &Job) -> bool {
     observe(Some(job), &[], false).stage.is_over()
 }
@@ -246,7 +246,7 @@ mod tests {
         assert_eq!((seen.speaker, seen.ended.map(|ended| ended.exit_code)), (None, Some(11)));
     }
 
-    /// Its Events are asked where neither pod nor Job says why nothing moves.
+    /// Events of an object are read if neither pod nor Job says why nothing moves.
     #[test]
     fn whose_warnings_are_read() {
         let mut quiet: Job = job(json!({"active": 0}));

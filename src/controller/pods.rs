@@ -1,4 +1,4 @@
-//! The pods of a Job -> where they are, which of them wait and why, and the end that explains a failure.
+//! The pods of a Job -> their nodes, the reasons why some wait, and the end that explains a failure.
 //!
 //! Pure. A Job on one node has one pod at a time, which counts as pod 0. A Job on several nodes has one for each index,
 //! and pod 0 is the one that logs, writes and pushes.
@@ -16,7 +16,7 @@ use crate::workspace::WORKSPACE_LABEL;
 
 /// Kubernetes' label of a pod of an Indexed Job, with its index.
 const INDEX_LABEL: &str = "batch.kubernetes.io/job-completion-index";
-/// The time within which all pods of a set end after one has failed. What ended earlier belongs to an earlier failure.
+/// The time within which all pods of a set end after one has failed. An earlier end belongs to an earlier failure.
 const SAME_FAILURE: SignedDuration = SignedDuration::from_secs(180);
 
 /// The pods of one Job, by index.
@@ -28,7 +28,7 @@ pub(super) struct Pods<'a> {
 }
 
 impl<'a> Pods<'a> {
-    /// The pods of a Job; without a Job one is expected.
+    /// Returns the pods of a Job; without a Job one is expected.
     pub fn of(job: Option<&Job>, all: &'a [Arc<Pod>]) -> Pods<'a> {
         let spec = job.and_then(|job| job.spec.as_ref());
         let wanted = spec.and_then(|spec| spec.completions).and_then(|count| usize::try_from(count).ok());
@@ -45,17 +45,17 @@ impl<'a> Pods<'a> {
         self.wanted > 1
     }
 
-    /// The name of the pod whose log shows the progress, if its container runs.
+    /// Returns the name of the pod whose log shows the progress, if its container runs.
     pub fn speaker(&self) -> Option<String> {
         self.newest.get(&0).filter(|pod| is_running(pod)).and_then(|pod| pod.metadata.name.clone())
     }
 
-    /// Number of pods whose container runs.
+    /// Returns the number of pods whose container runs.
     pub fn running(&self) -> usize {
         self.newest.values().filter(|pod| is_running(pod)).count()
     }
 
-    /// Nodes of the newest pods in the order of their index, each once; and the number of pods without a node.
+    /// Returns nodes of the newest pods in the order of their index, each once; and the number of pods without a node.
     pub fn nodes(&self) -> (Vec<String>, usize) {
         let mut nodes: Vec<String> = Vec::new();
         let mut placed = 0;
@@ -85,7 +85,7 @@ impl<'a> Pods<'a> {
         Some(told.collect::<Vec<_>>().join("; ")).filter(|text| !text.is_empty())
     }
 
-    /// The uid of a pod that does not run and does not say why. `Err`: no such pod, but some are missing.
+    /// Returns the uid of a pod that does not run and does not say why. `Err`: no such pod, but some are missing.
     pub fn mute(&self) -> Option<Result<String, ()>> {
         let alive = |pod: &&Pod| terminated(pod).is_none() && pod.metadata.deletion_timestamp.is_none();
         let mut lacking = (0..self.wanted).filter(|index| {
@@ -100,7 +100,7 @@ impl<'a> Pods<'a> {
         Some(pod.and_then(|pod| pod.metadata.uid.clone()).ok_or(()))
     }
 
-    /// The most informative end: after success that of pod 0; else the cause of the last failure.
+    /// Returns the most informative end: after success that of pod 0; else the cause of the last failure.
     pub fn ended(&self, has_succeeded: bool) -> Option<Ended> {
         let mut ends: Vec<(usize, &ContainerStateTerminated)> =
             self.all.iter().filter_map(|pod| Some((index(pod), terminated(pod)?))).collect();
@@ -121,8 +121,8 @@ impl<'a> Pods<'a> {
 }
 
 /// Ends by how much they say about the cause of a failure, the best first. A code that no retry helps ends the whole
-/// Job, so it is the cause whenever it came. Device faults (22) are also what the other ranks end with, and 30 and 31
-/// are what stopped pods end with.
+/// Job, so it is the cause whenever it came. The other ranks also end with a device fault (22), and stopped pods end
+/// with 30 and 31.
 fn blame(code: i32, is_of_the_last_failure: bool) -> u8 {
     let kind = Kind::ALL.into_iter().find(|kind| i32::from(kind.exit_code()) == code);
     match kind {
@@ -140,7 +140,7 @@ fn is_of_the_last_failure(end: &ContainerStateTerminated, last: Option<Timestamp
     time.zip(last).is_none_or(|(time, last)| last.duration_since(time) <= SAME_FAILURE)
 }
 
-/// `pod 2`, `pods 1, 3`.
+/// Returns a text such as `pod 2` or `pods 1, 3`.
 fn named(indexes: &[usize]) -> String {
     let list: Vec<String> = indexes.iter().map(ToString::to_string).collect();
     format!("pod{} {}", if list.len() > 1 { "s" } else { "" }, list.join(", "))
@@ -151,7 +151,7 @@ fn index(pod: &Pod) -> usize {
     label.and_then(|text| text.parse().ok()).unwrap_or(0)
 }
 
-/// The state of hone's container, which has the Workspace's name; others may have been put beside it.
+/// Returns the state of hone's container, which has the Workspace's name; the pod may have further containers.
 fn state(pod: &Pod) -> Option<&ContainerState> {
     let containers = pod.status.as_ref()?.container_statuses.as_ref()?;
     let name = pod.metadata.labels.as_ref().and_then(|labels| labels.get(WORKSPACE_LABEL));
@@ -171,7 +171,7 @@ fn is_over_well(pod: &Pod) -> bool {
     terminated(pod).is_some_and(|end| end.exit_code == 0)
 }
 
-/// The reason why a pod does not run: it is not scheduled, or an image or a mount is missing.
+/// Returns the reason why a pod does not run: it is not scheduled, or an image or a mount is missing.
 fn waiting(pod: &Pod) -> Option<String> {
     let status = pod.status.as_ref()?;
     let told = |reason: &Option<String>, message: &Option<String>| {
@@ -204,7 +204,7 @@ mod tests {
         serde_json::from_value(json!({"spec": {"completions": count, "template": {}}})).unwrap()
     }
 
-    /// A pod of a set; `second` is when it was created.
+    /// Returns a pod of a set; `second` is when it was created.
     fn pod(index: u32, second: u32, state: Value) -> Arc<Pod> {
         let pod = serde_json::from_value(json!({
             "metadata": {

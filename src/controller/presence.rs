@@ -1,4 +1,4 @@
-//! The cluster -> whether KAITO's controller is installed, which kinds of Karpenter are, and whether the API server
+//! The cluster -> whether KAITO's controller is installed, the installed kinds of Karpenter, and whether the API server
 //! answers.
 //!
 //! This is checked at intervals, so that a change is noticed while the controller runs. If a server answers again after
@@ -31,7 +31,7 @@ pub struct Presence {
 /// Asks the API server which of this software is installed.
 ///
 /// # Errors
-/// Those of the API server, and one that takes too long.
+/// The errors of the API server, and an error if it takes too long.
 pub async fn look(client: &Client) -> kube::Result<Presence> {
     in_time(ANSWER_MAX, async {
         Ok(Presence { kaito: kaito(client).await?, provider: nodes::provider(client).await? })
@@ -39,10 +39,10 @@ pub async fn look(client: &Client) -> kube::Result<Presence> {
     .await
 }
 
-/// The answer of a request, if it comes in time.
+/// Returns the answer of a request, if it comes in time.
 ///
 /// # Errors
-/// Its own, and that it took too long.
+/// The errors of the request, and an error if it took too long.
 pub async fn in_time<T>(most: Duration, request: impl Future<Output = kube::Result<T>>) -> kube::Result<T> {
     match tokio::time::timeout(most, request).await {
         Ok(answer) => answer,

@@ -37,7 +37,7 @@ impl Progress {
         Some(Progress { step, total: steps.filter_map(|line| line.total).next(), loss, eta_seconds })
     }
 
-    /// `120 of 500`, or `120`.
+    /// Returns `120 of 500`, or `120`.
     pub fn steps(&self) -> String {
         match self.total {
             Some(total) => format!("{} of {total}", self.step),
@@ -45,7 +45,7 @@ impl Progress {
         }
     }
 
-    /// `1h5m`, `3m20s`, `8s`.
+    /// Returns a text such as `1h5m`, `3m20s` or `8s`.
     pub fn eta(&self) -> String {
         let seconds = self.eta_seconds.max(0.0).round() as u64;
         match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
@@ -55,7 +55,7 @@ impl Progress {
         }
     }
 
-    /// The progress as part of a sentence: step, loss and remaining time.
+    /// Returns the progress as part of a sentence: step, loss and remaining time.
     pub fn told(&self) -> String {
         format!("step {}, loss {:.4}, {} left", self.steps(), self.loss, self.eta())
     }

@@ -21,7 +21,7 @@ const FAILURES_TOLD: u32 = 3;
 /// Reconciles one Workspace as far as this is possible now, and returns when to reconcile it again.
 ///
 /// # Errors
-/// Those of the API server; the status names one that repeats.
+/// The errors of the API server; the status names one that repeats.
 pub async fn reconcile(workspace: Arc<Workspace>, context: Arc<Context>) -> kube::Result<Action> {
     let timer = context.metrics.started();
     let workspace = newest(workspace, &context);
@@ -35,7 +35,8 @@ pub async fn reconcile(workspace: Arc<Workspace>, context: Arc<Context>) -> kube
     result
 }
 
-/// The newer of the watch's copy and the version that this controller last wrote. An older copy would be written again.
+/// Returns the newer of the watch's copy and the version that this controller last wrote. An older copy would be
+/// written again.
 fn newest(workspace: Arc<Workspace>, context: &Context) -> Arc<Workspace> {
     let version = |workspace: &Workspace| workspace.metadata.resource_version.as_ref()?.parse::<u64>().ok();
     let own = context.note(&workspace, |notes| notes.own.clone());

@@ -1,5 +1,5 @@
-//! One Workspace under reconciliation -> what is read and written for it, whether it tunes or serves: its ConfigMap,
-//! its nodes, its annotations and status, Events.
+//! One Workspace under reconciliation -> the objects that are read and written for it, both for tuning and for serving:
+//! its ConfigMap, its nodes, its annotations and status, Events.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -53,7 +53,7 @@ impl<'a> Reconciler<'a> {
 }
 
 impl Reconciler<'_> {
-    /// The API of a kind of object in the Workspace's namespace.
+    /// Returns the API of a kind of object in the Workspace's namespace.
     pub fn api<K>(&self) -> Api<K>
     where
         K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>,
@@ -71,7 +71,7 @@ impl Reconciler<'_> {
         self.workspace.metadata.finalizers.as_deref().unwrap_or_default()
     }
 
-    /// The newest revision; it is read once.
+    /// Returns the newest revision; it is read once.
     pub async fn known(&self) -> kube::Result<Option<Known>> {
         if let Some(known) = self.context.note(&self.workspace, |notes| notes.known.clone()) {
             return Ok(known);
@@ -81,7 +81,7 @@ impl Reconciler<'_> {
         Ok(known)
     }
 
-    /// The ConfigMap in force. Its text is read again only if its version changed.
+    /// Returns the ConfigMap in force. Its text is read again only if its version changed.
     pub async fn config(&self) -> kube::Result<Option<Arc<ConfigMap>>> {
         let place = (self.workspace.namespace().to_owned(), config_name(&self.workspace));
         if place.1.is_empty() {
@@ -126,7 +126,7 @@ impl Reconciler<'_> {
         self.finalizer(false).await
     }
 
-    /// The state of the requested nodes, for the status.
+    /// Returns the state of the requested nodes, for the status.
     pub fn nodes(&self, seen: &Seen) -> Nodes {
         let over = seen.stage.is_over();
         let looks = !over && seen.unplaced > 0;
@@ -141,7 +141,7 @@ impl Reconciler<'_> {
         }
     }
 
-    /// The newest Warning about a pod or Job that does not go on and does not say why.
+    /// Returns the newest Warning about a pod or Job that does not go on and does not say why.
     pub async fn warning(&self, seen: &Seen) -> kube::Result<Option<String>> {
         let Some(uid) = seen.mute.as_deref() else {
             self.context.note(&self.workspace, |notes| {
@@ -153,7 +153,8 @@ impl Reconciler<'_> {
         let due =
             self.context.note(&self.workspace, |notes| notes.warning_due.is_now(WARNINGS.0, WARNINGS.1));
         if due {
-            // A scheduler's Warning is over once the pod has a node; without a node the pod's conditions tell.
+            // A scheduler's Warning is over once the pod has a node; without a node the pod's conditions have the
+            // reason.
             let passed_over = ["FailedScheduling"];
             let namespace = self.workspace.namespace();
             let warning = events::newest_warning(self.client, namespace, uid, &passed_over).await?;
@@ -188,7 +189,7 @@ impl Reconciler<'_> {
         });
     }
 
-    /// The pause before the next try; it doubles with each refusal in a row.
+    /// Returns the pause before the next try; it doubles with each refusal in a row.
     pub fn pause_of_refusals(&self) -> Duration {
         let failures = self.context.note(&self.workspace, |notes| {
             notes.failures += 1;
@@ -200,7 +201,7 @@ impl Reconciler<'_> {
     /// Writes annotations to the Workspace if they differ from what it has; `None` removes one.
     ///
     /// # Errors
-    /// Those of the API server.
+    /// The errors of the API server.
     pub async fn annotate(&self, mut wanted: BTreeMap<String, Option<String>>) -> kube::Result<()> {
         if let Some(Some(revision)) = wanted.get(&format!("{PREFIX}revision")).cloned() {
             wanted.insert(REVISION.into(), Some(revision));

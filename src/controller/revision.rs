@@ -1,6 +1,7 @@
 //! A Workspace's inputs -> the number of their revision, remembered as KAITO does: a ControllerRevision for each.
 //!
-//! The newest also holds what the Workspace was, so that a change of what cannot change is seen without a webhook.
+//! The newest revision also holds the Workspace's spec, so that a change of a field that cannot change is seen without
+//! a webhook.
 
 use std::collections::BTreeMap;
 
@@ -35,7 +36,7 @@ pub struct Known {
     pub since: Option<jiff::Timestamp>,
 }
 
-/// The newest revision, if there is one.
+/// Returns the newest revision, if there is one.
 pub async fn newest(api: &Api<ControllerRevision>, workspace: &Workspace) -> kube::Result<Option<Known>> {
     let list = list(api, workspace).await?;
     Ok(list.into_iter().next_back().map(|revision| Known {
@@ -100,7 +101,7 @@ fn is_of(revision: &ControllerRevision, workspace: &Workspace) -> bool {
     owners.any(|owner| Some(&owner.uid) == workspace.metadata.uid.as_ref())
 }
 
-/// All revisions, the oldest first.
+/// Returns all revisions, the oldest first.
 async fn list(api: &Api<ControllerRevision>, workspace: &Workspace) -> kube::Result<Vec<ControllerRevision>> {
     let selected = ListParams::default().labels(&format!("{NAME_LABEL}={}", workspace.name()));
     let mut list = api.list(&selected).await?.items;
@@ -124,7 +125,7 @@ pub(super) struct Inputs {
 }
 
 impl Inputs {
-    /// The inputs that the Job's annotations name. A Job of an older hone has no hash.
+    /// Returns the inputs that the Job's annotations name. A Job of an older hone has no hash.
     pub fn of(job: &Job) -> Option<Inputs> {
         let annotations = job.metadata.annotations.as_ref()?;
         let number = annotations.get(REVISION)?.parse().ok()?;

@@ -27,8 +27,8 @@ use crate::workspace::kind::{Status, Workspace};
 use crate::workspace::serve::{Asked, Served, Tuned, serve};
 use crate::workspace::{config_name, inference};
 
-/// The first and the longest pause between two questions to servers that have not taken a change. A kubelet brings a
-/// changed ConfigMap into a pod within a minute or two.
+/// The first and the longest pause between two queries to servers that have not applied a change. A kubelet updates a
+/// changed ConfigMap in a pod within a minute or two.
 const ANSWERS: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
 /// Returns whether a Workspace takes an adapter from the tuning Workspace of that name.
@@ -42,7 +42,7 @@ pub fn follows(workspace: &Workspace, tuning: &str) -> bool {
 /// be carried out; its servers then stay as they are.
 ///
 /// # Errors
-/// Those of the API server.
+/// The errors of the API server.
 pub async fn bring(of: &Reconciler<'_>, other: Option<String>) -> kube::Result<Action> {
     let name = of.workspace.name();
     let set = of.context.sets.find(&of.owner, name).filter(|set| of.owns(set.as_ref()));
@@ -111,7 +111,7 @@ async fn nodes_of(of: &Reconciler<'_>, there: bool) -> kube::Result<()> {
 /// Writes an error that repeats into the status. Servers that answer are not in trouble.
 ///
 /// # Errors
-/// Those of the API server.
+/// The errors of the API server.
 pub async fn tell_trouble(of: &Reconciler<'_>, why: String) -> kube::Result<()> {
     let set = of.context.sets.find(&of.owner, of.workspace.name()).filter(|set| of.owns(set.as_ref()));
     let pods = of.context.pods.of(&of.owner);
@@ -126,7 +126,7 @@ pub async fn tell_trouble(of: &Reconciler<'_>, why: String) -> kube::Result<()> 
     write(of, status, &serving).await
 }
 
-/// The objects of the Workspace, or why there are none.
+/// Returns the objects of the Workspace, or why there are none.
 async fn render(of: &Reconciler<'_>) -> kube::Result<Result<Served, String>> {
     let map = of.config().await?;
     let config = map.as_deref().map(|map| entry_of(map, &config_name(&of.workspace), inference::CONFIG_FILE));
@@ -139,8 +139,8 @@ async fn render(of: &Reconciler<'_>) -> kube::Result<Result<Served, String>> {
         .map_err(words::of_fault))
 }
 
-/// The state of the adapters. Servers are queried after increasing pauses until all have applied the change. `None`:
-/// no server was asked yet, and the condition stays as it is.
+/// Returns the state of the adapters. Servers are queried after increasing pauses until all have applied the change.
+/// `None`: no server was asked yet, and the condition stays as it is.
 async fn adapters(of: &Reconciler<'_>, served: &Served, pods: &[Arc<Pod>]) -> Option<Adapters> {
     let any = of.workspace.inference.as_ref().is_some_and(|inference| !inference.adapters.is_empty());
     let idle = || of.context.note(&of.workspace, |notes| notes.answers_due = Default::default());
@@ -181,8 +181,8 @@ async fn adapters(of: &Reconciler<'_>, served: &Served, pods: &[Arc<Pod>]) -> Op
     Some(stands)
 }
 
-/// The uid of the pod or StatefulSet whose Warnings may say why servers are missing: a pod that has not begun, or the
-/// set that cannot make one.
+/// Returns the uid of the pod or StatefulSet whose Warnings may say why servers are missing: a pod that has not begun,
+/// or the set that cannot make one.
 fn mute(serving: &Serving, set: Option<&StatefulSet>, pods: &[Arc<Pod>]) -> Option<String> {
     if serving.is_ready() || serving.trouble.is_some() {
         return None;
@@ -203,7 +203,7 @@ fn mute(serving: &Serving, set: Option<&StatefulSet>, pods: &[Arc<Pod>]) -> Opti
     set.filter(|_| missing)?.metadata.uid.clone()
 }
 
-/// The images that tuning Workspaces of the namespace pushed, by digest.
+/// Returns the images that tuning Workspaces of the namespace pushed, by digest.
 fn tuned(of: &Reconciler<'_>) -> Tuned {
     let named = |workspace: &Arc<Workspace>| {
         let output = workspace.tuning.as_ref()?.output.as_ref()?;

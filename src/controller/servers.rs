@@ -39,7 +39,7 @@ impl Serving {
     }
 }
 
-/// The state of the servers from the StatefulSet's counts and the pods. Pure.
+/// Returns the state of the servers from the StatefulSet's counts and the pods. Pure.
 pub fn observe(set: Option<&StatefulSet>, pods: &[Arc<Pod>], refused: Option<String>) -> Serving {
     let wanted = set.and_then(|set| set.spec.as_ref()?.replicas).unwrap_or(1);
     let status = set.and_then(|set| set.status.as_ref());
@@ -54,7 +54,7 @@ pub fn observe(set: Option<&StatefulSet>, pods: &[Arc<Pod>], refused: Option<Str
     Serving { wanted, ready, trouble, refused }
 }
 
-/// The first of KAITO's reasons that holds.
+/// Returns the first of KAITO's reasons that holds.
 fn trouble(pod: &Pod) -> Option<(&'static str, String)> {
     let status = pod.status.as_ref()?;
     let containers: Vec<&ContainerStatus> = status.container_statuses.iter().flatten().collect();
@@ -95,7 +95,7 @@ fn trouble(pod: &Pod) -> Option<(&'static str, String)> {
     unscheduled.map(|condition| ("Unschedulable", condition.message.clone().unwrap_or_default()))
 }
 
-/// The status of a Workspace that serves. Pure.
+/// Returns the status of a Workspace that serves. Pure.
 pub fn tell(
     workspace: &Workspace,
     serving: &Serving,
@@ -145,7 +145,7 @@ pub fn tell(
     status
 }
 
-/// The status with the condition of the adapters. Pure.
+/// Returns the status with the condition of the adapters. Pure.
 pub fn with_adapters(
     workspace: &Workspace,
     mut status: Status,
@@ -178,14 +178,14 @@ pub(super) mod tests {
         Arc::new(serde_json::from_value(json!({"status": status})).unwrap())
     }
 
-    /// The status of a pod with one container.
+    /// Returns the status of a pod with one container.
     pub fn container(state: Value, last: Value) -> Value {
         json!({"containerStatuses": [{
             "name": "c", "image": "", "imageID": "", "ready": false, "restartCount": 1, "state": state, "lastState": last,
         }]})
     }
 
-    /// A StatefulSet of two servers.
+    /// Returns a StatefulSet of two servers.
     pub fn set(ready: i32, settled: bool) -> StatefulSet {
         serde_json::from_value(json!({
             "metadata": {"generation": 2},

@@ -47,7 +47,7 @@ pub struct Nodes {
     pub claim: Option<(bool, String)>,
 }
 
-/// The new status; it equals the old one if nothing changed.
+/// Returns the new status; it equals the old one if nothing changed.
 pub fn status(workspace: &Workspace, report: &Report, now: Timestamp) -> Status {
     let mut status = workspace.status.clone().unwrap_or_default();
     let stage = stage(report);
@@ -57,7 +57,7 @@ pub fn status(workspace: &Workspace, report: &Report, now: Timestamp) -> Status 
         now,
     };
     let (started, reason, words) = match stage {
-        // No Job failed here. This tells an end from a Job that could not be created.
+        // No Job failed here. The reason distinguishes a Job that could not be created from a failed one.
         Stage::Failed if report.stuck => {
             (false, "WorkspaceTuningJobStatusPending", "tuning job was not made")
         }
@@ -82,7 +82,7 @@ pub fn status(workspace: &Workspace, report: &Report, now: Timestamp) -> Status 
     status
 }
 
-/// The stage of the Workspace. One that was refused before it had a Job has failed, because somebody must act.
+/// Returns the stage of the Workspace. One that was refused before it had a Job has failed, because somebody must act.
 pub fn stage(report: &Report) -> Stage {
     match report.stuck {
         true => Stage::Failed,
@@ -90,7 +90,7 @@ pub fn stage(report: &Report) -> Stage {
     }
 }
 
-/// The annotations that the controller writes; `None` removes one.
+/// Returns the annotations that the controller writes; `None` removes one.
 pub fn annotations(report: &Report, revision: i64) -> BTreeMap<String, Option<String>> {
     let said = report.seen.ended.as_ref().map(|ended| &ended.said);
     let over = report.seen.stage.is_over();
@@ -119,13 +119,13 @@ pub fn annotations(report: &Report, revision: i64) -> BTreeMap<String, Option<St
     values.into_iter().chain(kept).map(|(name, value)| (format!("{PREFIX}{name}"), value)).collect()
 }
 
-/// An image's name without its tag.
+/// Returns an image's name without its tag.
 pub fn without_tag(image: &str) -> &str {
     let last = image.rfind('/').map_or(0, |at| at + 1);
     image[last..].find(':').map_or(image, |at| &image[..last + at])
 }
 
-/// The message for people: KAITO's words, then the details.
+/// Returns the message for people: KAITO's words, then the details.
 pub fn message(report: &Report) -> String {
     let seen = &report.seen;
     let ended = seen.ended.as_ref();
@@ -178,8 +178,8 @@ pub fn message(report: &Report) -> String {
     plain(&text, MESSAGE_BYTES_MAX)
 }
 
-/// The conditions of the nodes: `placed` are those of the pods, and `unplaced` pods have none yet. Conditions that no
-/// longer hold are removed.
+/// Sets the conditions of the nodes. `placed` are the nodes of the pods; `unplaced` pods have none yet. Conditions that
+/// no longer hold are removed.
 pub fn nodes(conditions: &mut Conditions, placed: &[String], unplaced: usize, nodes: &Nodes, over: bool) {
     let Nodes { ready, claim } = nodes;
     match claim {
@@ -212,7 +212,8 @@ pub fn nodes(conditions: &mut Conditions, placed: &[String], unplaced: usize, no
     conditions.set("ResourceReady", there, reason, told);
 }
 
-/// The status of a Workspace that is over, with the reason why a later change is not carried out, or without one.
+/// Returns the status of a Workspace that is over, with the reason why a later change is not carried out, or without
+/// one.
 pub fn after_end(old: &Status, refused: Option<&str>) -> Status {
     let mut status = old.clone();
     for condition in status.conditions.iter_mut().filter(|condition| condition.type_ == "WorkspaceSucceeded")
@@ -244,7 +245,7 @@ pub struct Conditions {
 }
 
 impl Conditions {
-    /// Conditions that change at `now` and belong to that generation of the Workspace.
+    /// Returns the conditions that change at `now` and belong to that generation of the Workspace.
     pub fn of(list: Vec<Condition>, generation: Option<i64>, now: Timestamp) -> Conditions {
         Conditions { list, generation, now }
     }
@@ -258,7 +259,7 @@ impl Conditions {
         self.list.iter().any(|condition| condition.type_ == type_ && condition.status == "True")
     }
 
-    /// The time moves with the status only, as Kubernetes' convention has it.
+    /// Sets a condition. Its time changes only with its status, as Kubernetes' convention demands.
     pub fn set(&mut self, type_: &str, holds: bool, reason: &str, message: String) {
         let status = if holds { "True" } else { "False" };
         let old = self.list.iter().position(|condition| condition.type_ == type_);

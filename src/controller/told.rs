@@ -1,4 +1,4 @@
-//! A Job and its pods -> what the Workspace's status, annotations and Events say of it, and when to look again.
+//! A Job and its pods -> the Workspace's status, annotations and Events about them, and the time of the next look.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,8 +20,8 @@ use super::{nodes, words};
 use crate::workspace::Workspace;
 use crate::workspace::annotations::{self, PREFIX};
 
-/// The first and the longest pause between two reads of a running pod's log: two reads in three minutes, later ten an
-/// hour.
+/// The first and the longest pause between two reads of a running pod's log: three reads in the first two minutes,
+/// later ten an hour.
 const PROGRESS: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(360));
 
 impl Reconciler<'_> {
@@ -98,7 +98,7 @@ impl Reconciler<'_> {
         Ok(())
     }
 
-    /// The message of the status.
+    /// Returns the message of the status.
     pub fn told(&self) -> String {
         let conditions = self.workspace.status.iter().flat_map(|status| &status.conditions);
         let mut conditions = conditions.filter(|condition| condition.type_ == "WorkspaceSucceeded");
@@ -127,7 +127,7 @@ impl Reconciler<'_> {
         Ok(())
     }
 
-    /// The pause until the next read of the log or of Events.
+    /// Returns the pause until the next read of the log or of Events.
     fn next_look(&self, report: &Report) -> Duration {
         let due = self.context.note(&self.workspace, |notes| {
             let progress = notes.progress_due.left().filter(|_| report.seen.speaker.is_some());
@@ -153,7 +153,7 @@ impl Reconciler<'_> {
         observe::observe(Some(job), &pods, same && state == Some(Stage::Running.name()))
     }
 
-    /// The progress from the end of the pod's log. A log that cannot be read is no error.
+    /// Returns the progress from the end of the pod's log. A log that cannot be read is no error.
     async fn progress(&self, seen: &Seen) -> Option<Progress> {
         let Some(pod) = seen.speaker.as_deref().filter(|_| !seen.stage.is_over()) else {
             self.context.note(&self.workspace, |notes| {

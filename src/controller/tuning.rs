@@ -1,4 +1,4 @@
-//! A Workspace that tunes -> its Job under the revision of its inputs: created, kept, or made anew after a change.
+//! A Workspace that tunes -> its Job under the revision of its inputs: created, kept, or created again after a change.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -27,7 +27,7 @@ use crate::workspace::{
 /// The pause while an object is being deleted.
 const SOON: Duration = Duration::from_secs(2);
 
-/// The inputs that the Job should have, and what is known of the newest revision.
+/// The inputs that the Job should have, and the newest revision if it is known.
 struct Wanted {
     inputs: Inputs,
     known: Option<Known>,
@@ -244,7 +244,7 @@ impl Reconciler<'_> {
         let parameters = PostParams { dry_run: true, field_manager: Some(FIELD_MANAGER.into()) };
         match self.api::<Job>().create(&parameters, &job).await {
             Ok(_) => Ok(None),
-            // A webhook that supports no dry run answers so. The creation of the Job will tell.
+            // A webhook that supports no dry run answers so. The creation of the Job will show the result.
             Err(kube::Error::Api(status)) if status.code == 400 => Ok(None),
             Err(error) => match words::refusal(&error) {
                 Some(why) => Ok(Some(format!("the API server refuses it: {why}"))),
@@ -330,7 +330,7 @@ impl Reconciler<'_> {
     }
 }
 
-/// The Workspace as it was meant: a write through v1alpha1 fills in an instance type if there was none, as that
+/// Returns the Workspace as it was meant: a write through v1alpha1 fills in an instance type if there was none, as that
 /// version's definition has it, and would change what cannot be changed. `None`: it is as it was meant.
 pub(super) fn without_a_versions_default(
     workspace: &Workspace,

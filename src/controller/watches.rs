@@ -31,7 +31,7 @@ pub type Owner = (String, String);
 pub struct Triggers(mpsc::UnboundedSender<ObjectRef<Workspace>>);
 
 impl Triggers {
-    /// A queue and the stream that the controller reads.
+    /// Returns a queue and the stream that the controller reads.
     pub fn new() -> (Triggers, impl Stream<Item = ObjectRef<Workspace>>) {
         let (sender, receiver) = mpsc::unbounded_channel();
         let stream = futures_util::stream::unfold(receiver, |mut receiver| async {
@@ -58,7 +58,7 @@ pub enum Health {
     Broken(String),
 }
 
-/// The health of every watch, by the name of what it watches.
+/// The health of every watch, by the name of the objects that it watches.
 #[derive(Clone, Default)]
 pub struct Healths(Arc<Mutex<BTreeMap<&'static str, Health>>>);
 
@@ -92,7 +92,7 @@ impl Healths {
         self.list().get(name) == Some(&Health::Fine)
     }
 
-    /// The first that does not work, and why.
+    /// Returns the first that does not work, and why.
     pub fn trouble(&self) -> Option<String> {
         self.list().iter().find_map(|(name, health)| match health {
             Health::Fine => None,
@@ -114,7 +114,7 @@ impl<K, F: FnMut(Event<K>) + Send> Sink<K> for F {
     }
 }
 
-/// Runs a watch without end. `restart` starts it anew, for connections that died silently.
+/// Runs a watch without end. `restart` starts it again, for connections that died silently.
 pub async fn keep<K>(
     name: &'static str,
     api: kube::Api<K>,
@@ -184,13 +184,13 @@ impl<K> Default for Cache<K> {
 }
 
 impl<K: Resource + Clone> Cache<K> {
-    /// The objects of a Workspace, in the order of their names.
+    /// Returns the objects of a Workspace, in the order of their names.
     pub fn of(&self, owner: &Owner) -> Vec<Arc<K>> {
         let groups = self.groups.read().unwrap_or_else(|poisoned| poisoned.into_inner());
         groups.known.get(owner).map(|group| group.values().cloned().collect()).unwrap_or_default()
     }
 
-    /// The object of that name that belongs to a Workspace.
+    /// Returns the object of that name that belongs to a Workspace.
     pub fn find(&self, owner: &Owner, name: &str) -> Option<Arc<K>> {
         let groups = self.groups.read().unwrap_or_else(|poisoned| poisoned.into_inner());
         groups.known.get(owner)?.get(name).cloned()
@@ -244,7 +244,7 @@ impl<K: Resource + Clone> Cache<K> {
     }
 }
 
-/// The owners whose groups differ.
+/// Returns the owners whose groups differ.
 fn changed<K>(
     old: &HashMap<Owner, BTreeMap<String, Arc<K>>>,
     new: &HashMap<Owner, BTreeMap<String, Arc<K>>>,

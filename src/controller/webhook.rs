@@ -1,7 +1,7 @@
 //! AdmissionReviews of the API server over TLS -> whether a Workspace is allowed, by the rules of render.
 //!
-//! Mistakes are then told by `kubectl apply`, and what somebody should look at as its warnings. What cannot be decided
-//! here is allowed: a ConfigMap that is applied later, a Workspace of somebody else's, one on its way out. Every
+//! `kubectl apply` then shows mistakes as errors and doubtful settings as warnings. Cases that cannot be decided here
+//! are allowed: a ConfigMap that is applied later, a Workspace of another controller, one that is being deleted. Every
 //! replica answers.
 
 use std::convert::Infallible;
@@ -56,25 +56,25 @@ const LOOK_MAX: Duration = Duration::from_secs(20);
 /// LIMIT: Kubernetes shortens longer warnings.
 const WARNING_BYTES_MAX: usize = 250;
 
-/// How the webhook is served.
+/// Options of the webhook's server.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     /// The address of the API server's reviews.
     pub address: SocketAddr,
     /// Life of a certificate.
     pub valid: Duration,
-    /// The interval at which Secret and trust are looked at.
+    /// The interval at which Secret and trust are checked.
     pub pause: Duration,
 }
 
 impl Options {
-    /// Certificates of 90 days, looked at every minute.
+    /// Returns options for an address: certificates of 90 days, checked every minute.
     pub fn at(address: SocketAddr) -> Options {
         Options { address, valid: Duration::from_secs(90 * 24 * 3600), pause: Duration::from_secs(60) }
     }
 }
 
-/// Listens already, so that a port that is taken is told at once.
+/// A webhook that listens already, so that a port in use is reported at once.
 pub struct Webhook {
     listener: TcpListener,
     options: Options,
@@ -118,7 +118,7 @@ impl Webhook {
         })
     }
 
-    /// Answers for ever.
+    /// Answers reviews until the process ends.
     pub async fn run(self) {
         let Ok(listener) = self.listener.try_clone().and_then(tokio::net::TcpListener::from_std) else {
             return std::future::pending().await;
@@ -152,7 +152,8 @@ impl Webhook {
             if let Ok(found) = presence::look(&self.keeper.client).await {
                 kaito.send_replace(found.kaito);
             }
-            // Trouble is mended by somebody, who waits for it. A conflict is another replica that was faster.
+            // After trouble the pause is short, because somebody mends it and waits for the result. A conflict means
+            // that another replica was faster.
             let conflict = matches!(&looked, Err(kube::Error::Api(status)) if status.code == 409);
             let pause = match (conflict, &why) {
                 (true, _) => Duration::from_millis(500).min(self.options.pause),
@@ -231,8 +232,8 @@ impl Judge {
         self.review(body).await
     }
 
-    /// The answer to one AdmissionReview. It waits for a turn to be read and for another one to be judged. It has none
-    /// while its ConfigMap is asked for, so that an API server that answers late delays no other review.
+    /// Returns the answer to one AdmissionReview. It waits for a turn to be read and for another one to be judged. It
+    /// has none while its ConfigMap is asked for, so that an API server that answers late delays no other review.
     async fn review(&self, body: Bytes) -> std::result::Result<Value, (StatusCode, String)> {
         let asked = {
             let _turn = self.turn().await;
@@ -271,7 +272,7 @@ impl Judge {
         })
     }
 
-    /// The ConfigMap in force, if it can be had.
+    /// Returns the ConfigMap in force, if it can be had.
     async fn config(&self, workspace: &Workspace) -> Option<ConfigMap> {
         let name = config_name(workspace);
         if name.is_empty() {
@@ -292,7 +293,7 @@ struct Question {
 }
 
 impl Question {
-    /// Error: the body is no AdmissionReview.
+    /// Parses the body of a request. Error: it is no AdmissionReview.
     fn read(body: Bytes) -> std::result::Result<Question, String> {
         let review: Value =
             serde_json::from_slice(&body).map_err(|error| format!("no AdmissionReview: {error}"))?;
@@ -317,7 +318,7 @@ fn short(text: &str) -> String {
     words::plain(text, WARNING_BYTES_MAX)
 }
 
-/// Returns whether what somebody wrote may be stored. `config`: the ConfigMap that configures it, if there is one
+/// Decides whether a written Workspace may be stored. `config`: the ConfigMap that configures it, if there is one
 /// already.
 fn judge(
     old: Option<&Workspace>,
@@ -326,7 +327,7 @@ fn judge(
     settings: &Settings,
 ) -> Verdict {
     let leaves = new.metadata.deletion_timestamp.is_some();
-    // Status, labels and what the controller itself writes change nothing that is judged.
+    // Status, labels and the controller's own annotations are not judged, so their change needs no review.
     let same = old.is_some_and(|old| {
         old.resource == new.resource
             && old.tuning == new.tuning
@@ -371,7 +372,8 @@ fn rules(
     }
 }
 
-/// An error of a ConfigMap can be mended there, so it is only reported; it may not even have been applied yet.
+/// Reviews a Workspace that tunes. An error of its ConfigMap is only a warning, because the ConfigMap can be mended or
+/// may not have been applied yet.
 fn tunes(workspace: &Workspace, config: Option<&ConfigMap>, settings: &Settings) -> Result<Vec<String>> {
     let name = config_name(workspace);
     let tuning = workspace.tuning.as_ref();
@@ -400,7 +402,7 @@ fn tunes(workspace: &Workspace, config: Option<&ConfigMap>, settings: &Settings)
     }
 }
 
-/// As `tunes`.
+/// Reviews a Workspace that serves, as `tunes` does one that tunes.
 fn serves(workspace: &Workspace, config: Option<&ConfigMap>, settings: &Settings) -> Result<Vec<String>> {
     let tuned = anything_tuned(workspace);
     let name = config_name(workspace);
@@ -422,7 +424,8 @@ fn serves(workspace: &Workspace, config: Option<&ConfigMap>, settings: &Settings
     }
 }
 
-/// A tuning Workspace may push later than the one that serves is written.
+/// Returns placeholders for images that tuning Workspaces have not pushed yet: they may push after the serving
+/// Workspace is written.
 fn anything_tuned(workspace: &Workspace) -> Tuned {
     let adapters = workspace.inference.iter().flat_map(|inference| &inference.adapters);
     let names = adapters.filter_map(|adapter| adapter.source.as_ref()?.image.strip_prefix(TUNED));
@@ -568,8 +571,8 @@ mod tests {
         );
     }
 
-    /// A judge whose API server takes requests and answers each with 404 once `answers` is true, and the number of
-    /// requests that it took.
+    /// Returns a judge whose API server takes requests and answers each with 404 once `answers` is true, and the number
+    /// of requests that it took.
     fn beside_slow_server(answers: &watch::Sender<bool>) -> (Arc<Judge>, watch::Receiver<usize>) {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -596,7 +599,7 @@ mod tests {
         (Arc::new(Judge::new(client, Settings::default(), kaito)), seen)
     }
 
-    /// The review of a Workspace with a ConfigMap.
+    /// Returns the review of a Workspace with a ConfigMap.
     fn configured() -> Bytes {
         let object = workspace(&json!({"tuning": {"config": "c"}}));
         json!({"request": {"uid": "u", "operation": "CREATE", "object": object}}).to_string().into()

@@ -1,9 +1,9 @@
-//! Messages of faults and of the API server -> one line of plain words, short enough for where it stands.
+//! Messages of faults and of the API server -> one line of plain words, short enough for its place.
 
 use crate::fault::Fault;
 use crate::report::clean::clean;
 
-/// One line of at most so many bytes: line ends become spaces, other control characters visible.
+/// Returns one line of at most so many bytes: line ends become spaces, other control characters visible.
 pub fn plain(text: &str, bytes_max: usize) -> String {
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
     let line = clean(&line, bytes_max);
@@ -18,7 +18,7 @@ pub fn plain(text: &str, bytes_max: usize) -> String {
     format!("{}{CUT}", &line[..end])
 }
 
-/// A fault with all its mistakes in one line: `2 mistakes: the first; the second`.
+/// Returns a fault with all its mistakes in one line: `2 mistakes: the first; the second`.
 pub fn of_fault(fault: Fault) -> String {
     let mut lines = fault.message.lines().map(str::trim);
     let first = lines.next().unwrap_or_default().to_owned();
@@ -30,7 +30,7 @@ pub fn of_fault(fault: Fault) -> String {
     }
 }
 
-/// An error of a request in plain words.
+/// Returns an error of a request in plain words.
 pub fn of_error(error: &kube::Error) -> String {
     match error {
         kube::Error::Api(status) if !status.message.is_empty() => {
@@ -40,7 +40,7 @@ pub fn of_error(error: &kube::Error) -> String {
     }
 }
 
-/// Returns the reason why the API server refuses something for good; `None`: it may accept it the next time.
+/// Returns the reason why the API server refuses something permanently; `None`: it may accept it the next time.
 pub fn refusal(error: &kube::Error) -> Option<String> {
     match error {
         kube::Error::Api(status) if matches!(status.code, 400 | 403 | 413 | 422) => {

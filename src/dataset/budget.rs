@@ -24,14 +24,14 @@ pub(super) struct Budget {
 }
 
 impl Budget {
-    /// The budget for a set of files on this machine.
+    /// Returns the budget for a set of files on this machine.
     pub fn of(files: &[source::File]) -> Budget {
         let file_bytes = files.iter().map(|file| file.bytes).fold(0, u64::saturating_add);
         let free = machine::memory_available().map_or(u64::MAX, |bytes| (bytes as f64 * FREE_SHARE) as u64);
         Budget::new(file_bytes, free)
     }
 
-    /// For texts that become tokens a part at a time: the memory does not limit them.
+    /// Returns a budget for texts that become tokens a part at a time, which the memory does not limit.
     pub fn streamed(files: &[source::File]) -> Budget {
         Budget { by_memory: u64::MAX, ..Budget::of(files) }
     }

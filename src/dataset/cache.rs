@@ -23,7 +23,7 @@ const RECORD: &str = "record";
 const LOCK: &str = "lock";
 const PART: &str = ".part";
 const LOCK_POLL: Duration = Duration::from_millis(100);
-/// A store that nobody used for so long is removed.
+/// The time after which an unused store is removed.
 const UNUSED_MAX: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 /// Free space that filling a store leaves on its volume, for checkpoints and others.
 const RESERVE_BYTES: u64 = 512 << 20;
@@ -41,7 +41,7 @@ pub(super) enum Place {
     Ours(Ours),
 }
 
-/// A folder that was finished. What is in it is to be verified.
+/// A folder that was finished. Its content must still be verified.
 pub(super) struct Whole {
     /// Folder of the store.
     pub folder: PathBuf,
@@ -68,11 +68,11 @@ impl Cache {
     pub fn open(folder: &Path) -> Result<Cache> {
         fs::create_dir_all(folder).map_err(|error| Fault::storage("create", folder, &error))?;
         let cache = Cache { folder: folder.to_owned() };
-        cache.locked(|| Ok(()))?; // Whether it can be written is known before the work, not after it.
+        cache.locked(|| Ok(()))?; // A folder that cannot be written is found before the work.
         Ok(cache)
     }
 
-    /// The key's store. If another process fills it, this one waits.
+    /// Returns the key's store. If another process fills it, this one waits.
     ///
     /// # Errors
     /// Storage, Config: the folder cannot be used. Interrupted: a signal came while waiting.
@@ -90,7 +90,7 @@ impl Cache {
         }
     }
 
-    /// `None`: another process is at work on it.
+    /// Returns the place of the key's store. `None`: another process is at work on it.
     fn look(&self, key: &str) -> Result<Option<Place>> {
         self.remove_litter(key);
         let whole = self.folder.join(key);
@@ -112,7 +112,7 @@ impl Cache {
         Ok(Some(Place::Ours(Ours { folder: part, key, finished: false, lock })))
     }
 
-    /// Gives a filled folder its name; the folder, and a lock that keeps others from removing it.
+    /// Gives a filled folder its name. Returns the folder, and a lock that keeps others from removing it.
     ///
     /// # Errors
     /// Storage: the disk fails.
@@ -177,7 +177,8 @@ impl Cache {
         }
     }
 
-    /// Removes what killed processes left, and stores that nobody used for a month. The key's own store is left alone.
+    /// Removes folders that killed processes left, and stores that nobody used for a month. The key's own store is left
+    /// alone.
     fn remove_litter(&self, key: &str) {
         let parts = folders(&self.folder).filter(|path| has_ending(path, PART) && !held(path));
         let old = self.unused(UNUSED_MAX).into_iter().map(|(_, folder)| folder);
@@ -187,7 +188,7 @@ impl Cache {
         }
     }
 
-    /// Whole stores that no process uses, unused for at least so long; the longest first.
+    /// Returns the whole stores that no process uses, unused for at least so long; the longest first.
     fn unused(&self, least: Duration) -> Vec<(SystemTime, PathBuf)> {
         let age = |used: SystemTime| SystemTime::now().duration_since(used).unwrap_or_default();
         let used = |folder: PathBuf| Some((fs::metadata(folder.join(RECORD)).ok()?.modified().ok()?, folder));
@@ -218,7 +219,7 @@ impl Cache {
 pub(super) const ELSEWHERE: &str = "name a folder on a larger volume with `token_cache`, or keep the tokens in memory with `token_cache: off`";
 
 impl Ours {
-    /// The path of a file inside it.
+    /// Returns the path of a file inside it.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }
@@ -233,7 +234,7 @@ impl Drop for Ours {
     }
 }
 
-/// The store at `folder`, marked as used now; `None` if there is none or its record is damaged.
+/// Returns the store at `folder`, marked as used now; `None` if there is none or its record is damaged.
 fn opened(folder: &Path) -> Result<Option<Whole>> {
     let path = folder.join(RECORD);
     let content = match plain::small(&path) {
@@ -256,14 +257,14 @@ fn sealed(record: &[u8]) -> Vec<u8> {
     [source::digest(record).as_bytes(), b"\n", record].concat()
 }
 
-/// The record, if the digest before it is its own.
+/// Returns the record, if the digest before it is its own.
 fn unsealed(content: &[u8]) -> Option<&[u8]> {
     let end = content.iter().position(|&byte| byte == b'\n')?;
     let (digest, record) = (&content[..end], &content[end + 1..]);
     (digest == source::digest(record).as_bytes()).then_some(record)
 }
 
-/// A file to lock. Network file systems lock only files that are open for both reading and writing.
+/// Returns a file to lock. Network file systems lock only files that are open for both reading and writing.
 fn opened_lock(path: &Path, create: bool) -> io::Result<File> {
     match create {
         true => plain::own(path),
@@ -271,7 +272,7 @@ fn opened_lock(path: &Path, create: bool) -> io::Result<File> {
     }
 }
 
-/// Returns whether a process holds the folder. If that cannot be told, one may.
+/// Returns whether a process holds the folder; true if that cannot be known.
 fn held(folder: &Path) -> bool {
     match opened_lock(&folder.join(LOCK), false) {
         Err(error) => error.kind() != io::ErrorKind::NotFound,

@@ -43,7 +43,7 @@ impl Chat {
         Ok(Some(Chat { template: compile(text)?, source: text.to_owned(), tools_source, with_tools }))
     }
 
-    /// The template's Jinja text.
+    /// Returns the template's Jinja text.
     pub fn source(&self) -> &str {
         &self.source
     }
@@ -68,7 +68,7 @@ impl Chat {
         rendered.unwrap_or_else(|fault| Err(fault.message))
     }
 
-    /// The control token that the template writes after an answer.
+    /// Returns the control token that the template writes after an answer.
     pub fn end_of_turn(&self, tokenizer: &Tokenizer) -> Option<u32> {
         const ANSWER: &str = "Qzx7";
         let messages = json!([{"role": "user", "content": "Q"}, {"role": "assistant", "content": ANSWER}]);

@@ -20,16 +20,15 @@ const ROWS_AT_ONCE: usize = 64;
 const ROW_BYTES_MAX: usize = 1 << 30;
 /// LIMIT: stack of the threads. Values that a template nests are dropped by recursion.
 pub(super) const ROW_STACK_BYTES: usize = 64 << 20;
-/// A row that fails and took this much processor time has used up the template's fuel.
+/// Processor time of a failed row from which on the row has used up the template's fuel.
 const SLOW_ROW: Duration = Duration::from_millis(250);
 const SLOW_ROWS_MAX: usize = 8;
-/// LIMIT: processor time of rows that fail while none succeeds, if each takes as long as no row of data that is merely
-/// wrong does.
+/// LIMIT: processor time of rows that fail while none succeeds, if each takes longer than any row of wrong data.
 const VAIN_MAX: Duration = Duration::from_secs(2);
 const VAIN_ROW: Duration = Duration::from_millis(2);
 /// LIMIT: memory for compiling a chat template.
 const TEMPLATE_BYTES_MAX: usize = 512 << 20;
-/// A row of few tokens that took this much processor time: its template computes without need.
+/// Processor time of a row of few tokens from which on its template computes without need.
 const SLOW_SMALL_ROW: Duration = Duration::from_secs(2);
 const SMALL_ROW_TOKENS: usize = 100_000;
 
@@ -58,7 +57,7 @@ pub struct EncodedRow {
     pub whole: usize,
 }
 
-/// `encode` with details of each row.
+/// Does `encode`, and returns details of each row.
 pub fn encode_rows(
     records: &[Record],
     tokenizer: &Tokenizer,
@@ -94,7 +93,7 @@ pub(super) struct Workers<'a> {
 }
 
 impl<'a> Workers<'a> {
-    /// One worker for each core.
+    /// Returns one worker for each core.
     ///
     /// # Errors
     /// Capacity: threads cannot be started.
@@ -108,8 +107,8 @@ impl<'a> Workers<'a> {
         Ok(Workers { encoder, row: Row::default(), pool })
     }
 
-    /// One outcome a record, in their order; the error of an outcome says what is wrong with the row. `done` hears how
-    /// many more rows are done.
+    /// Encodes records and returns one outcome for each, in their order. The error of an outcome says what is wrong
+    /// with the row. `done` receives the number of rows that are done since its last call.
     ///
     /// # Errors
     /// Config, Model: there are conversations, and the chat template is missing or cannot be read.
@@ -142,17 +141,17 @@ pub(super) struct Outcome {
 }
 
 impl Outcome {
-    /// A row that became tokens, or has nothing to learn.
+    /// Adds a row that became tokens, or has nothing to learn.
     pub fn add(&mut self, tally: &Tally) {
         self.tally.add(tally);
     }
 
-    /// A row that cannot be used.
+    /// Adds a row that cannot be used.
     pub fn refuse(&mut self, file: &Arc<str>, row: u64, problem: String) {
         self.refused.push((file.clone(), row, problem));
     }
 
-    /// Tells counts and warnings.
+    /// Reports counts and warnings.
     ///
     /// # Errors
     /// Data: rows that cannot be used, or nothing is left to learn.
@@ -314,7 +313,7 @@ impl Encoder<'_> {
         Ok(Encoded { example: teaches.then_some(example), tally })
     }
 
-    /// The example before it is cut.
+    /// Encodes a record without cutting the example.
     pub fn whole(&self, record: &Record, tally: &mut Tally) -> std::result::Result<Example, String> {
         match &record.conversation {
             Conversation::Messages(messages) => self.messages(messages, 0, &record.context, tally),
@@ -451,7 +450,7 @@ fn is_null(message: &Message) -> bool {
         && message.extra.iter().all(|(name, _)| matches!(*name, "name" | "tool_call_id"))
 }
 
-/// Number of calls whose arguments are JSON text that the rendered text holds as a quoted string.
+/// Returns the number of calls whose arguments are JSON text that the rendered text holds as a quoted string.
 fn quoted_arguments(messages: &[Message], text: &str) -> u64 {
     let calls = messages.iter().flat_map(|message| &message.extra).filter(|(name, _)| *name == "tool_calls");
     let arguments = calls.flat_map(|(_, calls)| calls.as_array().into_iter().flatten()).filter_map(|call| {
@@ -470,7 +469,7 @@ pub(super) fn compiled(source: &str, tokenizer: &Tokenizer, kind: Kind, place: &
     })
 }
 
-/// The configuration's template, else the model's own.
+/// Returns the configuration's template, else the model's own.
 fn templates(tokenizer: &Tokenizer, options: &TokenOptions) -> Result<Templates> {
     let (source, given) = match options.chat_template.as_deref() {
         // A name contains no template tags.
@@ -501,7 +500,7 @@ mod tests {
             (0..count).for_each(|_| row.note(&Err("no".into()), took));
             row.is_vain()
         };
-        // Data that is merely wrong is told row by row.
+        // Wrong data is reported row by row.
         assert!(!failed(&Row::default(), 9999, VAIN_ROW - Duration::from_micros(1)));
         let row = Row::default();
         assert!(!failed(&row, 999, VAIN_ROW));

@@ -38,8 +38,8 @@ pub(super) fn check(tokenizer: &[u8]) -> Result<(), String> {
         .map_err(|what| format!("post_processor: {what}"))
 }
 
-/// Returns whether a template of special tokens describes each token that it names. The library panics at the first
-/// text otherwise.
+/// Checks that a template of special tokens describes each token that it names. Otherwise the library panics at the
+/// first text.
 fn described(step: &Value) -> Result<(), String> {
     step["processors"].as_array().into_iter().flatten().try_for_each(described)?;
     if step["type"] != "TemplateProcessing" {

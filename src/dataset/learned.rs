@@ -109,7 +109,7 @@ impl Tally {
         }
     }
 
-    /// Findings that the user should know before training on these rows.
+    /// Returns findings that the user should know before training on these rows.
     pub fn warnings(&self, options: &TokenOptions, tokenizer: &Tokenizer) -> Vec<String> {
         let mut warnings = Vec::new();
         let Tally { rows, dropped, .. } = self;
@@ -125,8 +125,8 @@ impl Tally {
         warnings
     }
 
-    /// The warning if rows end without a learned end token. A model learns to stop only from end tokens that are
-    /// learned.
+    /// Returns the warning if rows end without a learned end token. A model learns to stop only from end tokens that
+    /// are learned.
     fn cannot_stop(&self, tokenizer: &Tokenizer) -> Option<String> {
         let kept = self.rows - self.dropped;
         let unended = kept - self.ended;
@@ -196,7 +196,7 @@ impl Tally {
     }
 }
 
-/// The last learned token that is not white space after the answer.
+/// Returns the last learned token that is not white space after the answer.
 fn last_learned(example: &Example, tokenizer: &Tokenizer) -> Option<u32> {
     let learned = example.ids.iter().zip(&example.supervised).skip(1).filter(|(_, learned)| **learned);
     learned

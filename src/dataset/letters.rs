@@ -2,8 +2,8 @@
 
 use std::sync::LazyLock;
 
-/// The byte of one of GPT-2's letters: printable bytes stand for themselves, the others are numbered from U+0100
-/// on.
+/// Returns the byte of one of GPT-2's letters: printable bytes stand for themselves, the others are numbered from
+/// U+0100 on.
 pub(super) fn byte_of(letter: char) -> Option<u8> {
     let itself = |byte: u8| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
     match u32::from(letter) {
@@ -12,7 +12,7 @@ pub(super) fn byte_of(letter: char) -> Option<u8> {
     }
 }
 
-/// The letter that stands for a byte in tokens: the inverse of `byte_of`.
+/// Returns the letter that stands for a byte in tokens: the inverse of `byte_of`.
 pub(super) fn letter_of(byte: u8) -> char {
     static LETTERS: LazyLock<[char; 256]> = LazyLock::new(|| {
         let mut letters = ['\0'; 256];

@@ -23,7 +23,7 @@ const TAGS: [&str; 6] = ["<think>", "</think>", "<thought>", "</thought>", "[THI
 /// Fields of a message that hold thoughts.
 pub(super) const THOUGHTS: [&str; 3] = ["reasoning_content", "reasoning", "thinking"];
 
-/// The ends of a piece that are marked. Some templates look at how a text begins.
+/// The ends of a piece that are marked. Some templates inspect the beginning of a text.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Ends {
     /// Both ends.
@@ -37,11 +37,11 @@ pub(super) enum Ends {
 /// The part of a message that a piece belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Part {
-    /// Its content.
+    /// The message's content.
     Content,
-    /// Its thoughts.
+    /// The message's thoughts.
     Thoughts,
-    /// Its calls of functions.
+    /// The message's calls of functions.
     Calls,
 }
 

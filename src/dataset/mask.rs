@@ -1,11 +1,11 @@
 //! A rendered conversation -> the tokens that are answers.
 //!
-//! If a template marks its answers (`{% generation %}`), these marks count. For other templates an answer begins
-//! where `messages[..i]` with a generation prompt ends, and ends where `messages[..=i]` ends, end-of-turn token
-//! included. Some templates are not stable under prefixes: Phi-3 closes a conversation with an extra token, and
-//! Qwen3 drops thoughts from all turns but the last. There, invisible marks (`marks.rs`) give the place of the
-//! content, and what follows it ends where the full text and the prefix begin to differ. A template that inspects
-//! the content cannot be marked; there the text is searched from the beginning of the turn.
+//! If a template marks its answers (`{% generation %}`), these marks count. For other templates an answer begins where
+//! `messages[..i]` with a generation prompt ends, and ends where `messages[..=i]` ends, end-of-turn token included.
+//! Some templates are not stable under prefixes: Phi-3 closes a conversation with an extra token, and Qwen3 drops
+//! thoughts from all turns but the last. For those, invisible marks (`marks.rs`) give the place of the content. The
+//! text after the content ends at the first difference between the full text and the prefix. A template that inspects
+//! the content cannot be marked. Then the text is searched from the beginning of the turn.
 //!
 //! Everything is computed in bytes of one text and mapped to its tokens once, so merges across a border do not
 //! matter.
@@ -16,10 +16,10 @@ use super::{Context, Example, Message, Tokenizer};
 use minijinja::value::Value;
 use std::ops::Range;
 
-/// One answer in the text. `content` lies inside `whole`, which also covers what the template puts around it.
+/// One answer in the text. `content` lies inside `whole`, which also covers the text that the template puts around it.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Answer {
-    /// Bytes of the answer, with what the template puts around it.
+    /// Bytes of the answer, with the text that the template puts around it.
     pub whole: Range<usize>,
     /// Bytes of the content.
     pub content: Range<usize>,
@@ -27,7 +27,7 @@ pub(super) struct Answer {
     pub learned: bool,
 }
 
-/// The text of a conversation and what is known about it.
+/// The text of a conversation, and the places of its answers.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Answers {
     /// The text.
@@ -89,7 +89,7 @@ fn shows_calls(messages: &[Message], places: &[Place]) -> Result<(), String> {
     }
 }
 
-/// One flag per token; `offsets` are the tokens' byte ranges in the text.
+/// Returns one flag per token; `offsets` are the tokens' byte ranges in the text.
 pub(super) fn supervised(answers: &[Answer], offsets: &[(usize, usize)]) -> Vec<bool> {
     let mut flags = vec![false; offsets.len()];
     for Answer { whole, content, .. } in answers.iter().filter(|answer| answer.learned) {
@@ -116,7 +116,7 @@ fn belongs(whole: &Range<usize>, content: &Range<usize>, start: usize, end: usiz
     inside || (start < content.end && end > content.start)
 }
 
-/// The example as text, with brackets around what is not learned: `[user: 2+2?] 4<end>`.
+/// Returns the example as text, with brackets around text that is not learned: `[user: 2+2?] 4<end>`.
 pub fn show(example: &Example, tokenizer: &Tokenizer) -> String {
     let learned = |index: usize| index > 0 && example.supervised[index];
     let mut text = String::new();
@@ -141,7 +141,7 @@ struct Talk<'a> {
 }
 
 impl Talk<'_> {
-    /// The places of the first `count` messages in `text`, which the template made of them without a generation
+    /// Returns the places of the first `count` messages in `text`, which the template made of them without a generation
     /// prompt; `None` if the template inspects the content.
     fn places(&self, text: &str, count: usize) -> Option<Vec<Place>> {
         let with = |ends| {
@@ -154,7 +154,7 @@ impl Talk<'_> {
         with(Ends::Both).or_else(|| marks::joined(with(Ends::First)?, with(Ends::Last)?))
     }
 
-    /// The answers that the template marks. Blocks of earlier turns are given, not learned.
+    /// Returns the answers that the template marks. Blocks of earlier turns belong to the prompt and are not learned.
     fn by_blocks(&self, full: &Rendered, places: Option<&[Place]>) -> Result<Vec<Answer>, String> {
         let begin = match &self.values[..self.from] {
             [] => 0,
@@ -230,8 +230,8 @@ impl Talk<'_> {
         Prompt { agreed, whole: agreed == prompt.text.len() }
     }
 
-    /// The end of a turn: after the content, as far as the text is the same whether or not the conversation goes
-    /// on.
+    /// Returns the end of a turn: after the content, as far as the text is the same whether or not the conversation
+    /// goes on.
     fn end_of(
         &self,
         text: &str,
@@ -254,7 +254,7 @@ impl Talk<'_> {
         Ok(content.end + common_bytes(tail, &text[content.end..]))
     }
 
-    /// The end of the last answer of a prefix, searched for from the beginning of its turn.
+    /// Returns the end of the last answer of a prefix, searched for from the beginning of its turn.
     fn searched_end(&self, prefix: &str, index: usize, shown: &str) -> Option<usize> {
         let begin = self.prompt_before(prefix, index);
         let from = begin.behind(0);
@@ -263,7 +263,7 @@ impl Talk<'_> {
     }
 }
 
-/// The range from the first to the last piece of a message; `None` if nothing of it is shown.
+/// Returns the range from the first to the last piece of a message; `None` if nothing of it is shown.
 fn span(places: &[Place], message: usize) -> Option<Range<usize>> {
     let ranges = || places.iter().filter(|place| place.message == message).map(|place| &place.range);
     Some(ranges().map(|range| range.start).min()?..ranges().map(|range| range.end).max()?)
@@ -277,12 +277,12 @@ struct Prompt {
 }
 
 impl Prompt {
-    /// The earliest place where an answer may begin.
+    /// Returns the earliest place where an answer may begin.
     fn behind(&self, floor: usize) -> usize {
         if self.whole { self.agreed } else { floor.max(self.agreed) }
     }
 
-    /// The place where the prompt ends in the full text; the content's start if that is not known.
+    /// Returns the place where the prompt ends in the full text; the content's start if that is not known.
     fn end_before(&self, text: &str, floor: usize, content: &Range<usize>) -> usize {
         let between = floor..=content.start;
         let reaches = between.contains(&self.agreed)
@@ -301,7 +301,7 @@ fn find(text: &str, from: usize, content: &str) -> Option<Range<usize>> {
     })
 }
 
-/// Length of the common prefix, cut to whole characters.
+/// Returns the length of the common prefix, cut to whole characters.
 fn common_bytes(a: &str, b: &str) -> usize {
     let same = a.bytes().zip(b.bytes()).take_while(|(a, b)| a == b).count();
     (0..=same).rev().find(|&at| a.is_char_boundary(at) && b.is_char_boundary(at)).unwrap_or(0)

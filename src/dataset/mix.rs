@@ -1,4 +1,4 @@
-//! Rows of several datasets -> how many of each are read, and how often each is trained on.
+//! Rows of several datasets -> the rows of each that are read, and the number of times that each row is trained on.
 //!
 //! A limit chooses rows before the split. A weight applies after it, to training rows only: evaluation sees each
 //! row once, and no copy of a training row.
@@ -21,8 +21,8 @@ pub struct Share {
     pub name: Option<String>,
 }
 
-/// Leaves of each entry's items as many as its limit says, in their order. `entry` tells the entry of an item; the
-/// items of one entry stand one behind the other.
+/// Keeps as many of each entry's items as its limit says, in their order. `entry` returns the entry of an item; the
+/// items of one entry follow each other.
 pub(super) fn limit<T>(items: Vec<T>, entry: impl Fn(&T) -> usize, options: &Options) -> Vec<T> {
     if options.shares.iter().all(|share| share.limit.is_none()) {
         return items;
@@ -42,7 +42,7 @@ pub(super) fn limit<T>(items: Vec<T>, entry: impl Fn(&T) -> usize, options: &Opt
     kept
 }
 
-/// Leaves `limit` items from `from` on, in their order.
+/// Keeps `limit` items from `from` on, in their order.
 fn limit_tail<T>(items: &mut Vec<T>, from: usize, limit: usize, options: &Options) {
     let count = items.len() - from;
     if count <= limit {

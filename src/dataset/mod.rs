@@ -36,7 +36,7 @@ pub use mix::Share;
 pub use prepare::{Examples, Prepared, Set, TokenCache, prepare};
 pub use tokenizer::Tokenizer;
 
-/// How rows are read. `plan` fills it.
+/// Options of reading rows. `plan` fills them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     /// The layout of all files. `None`: detected from the schema.
@@ -163,17 +163,17 @@ impl Layout {
         ("text", Layout::Text),
     ];
 
-    /// The layout with this key.
+    /// Returns the layout with this key.
     pub fn of_key(key: &str) -> Option<Layout> {
         Layout::KEYS.iter().find(|(name, _)| *name == key).map(|(_, layout)| *layout)
     }
 
-    /// The key of this layout.
+    /// Returns the key of this layout.
     pub fn key(self) -> &'static str {
         Layout::KEYS.iter().find(|(_, layout)| *layout == self).map_or("", |(key, _)| key)
     }
 
-    /// The name in messages.
+    /// Returns the name in messages.
     pub fn name(self) -> &'static str {
         match self {
             Layout::Messages => "messages",
@@ -186,7 +186,7 @@ impl Layout {
     }
 }
 
-/// How conversations become tokens. `plan` fills it.
+/// Options of turning conversations into tokens. `plan` fills them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenOptions {
     /// Most tokens per example. Longer ones are cut on the right, counted and reported.
@@ -213,7 +213,7 @@ pub enum LossOn {
 pub struct Example {
     /// Token ids.
     pub ids: Vec<u32>,
-    /// One flag per token. The first token is never a target of a shifted loss, whatever its flag.
+    /// One flag per token. The first token is never a target of a shifted loss, even if its flag is set.
     pub supervised: Vec<bool>,
 }
 
@@ -300,12 +300,12 @@ pub struct Message {
 }
 
 impl Message {
-    /// A turn of text. It is learned if it is the assistant's.
+    /// Returns a turn of text. It is learned if it is the assistant's.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Message {
         Message { role: role.into(), content: Some(content.into()), extra: Vec::new(), learned: true }
     }
 
-    /// The text of the turn; empty if the content is null.
+    /// Returns the text of the turn; empty if the content is null.
     pub fn text(&self) -> &str {
         self.content.as_deref().unwrap_or_default()
     }

@@ -28,7 +28,7 @@ use std::sync::{Arc, Mutex};
 const VERSION: u32 = 2;
 /// Digest of the source that makes tokens (`build.rs`): another program does not use this one's tokens.
 const CODE: &str = env!("HONE_DATA_CODE");
-/// Text that becomes tokens at once, and the rows of it at most.
+/// The amount of text that becomes tokens at once, and the largest number of its rows.
 const PART_BYTES: u64 = 8 << 20;
 const PART_ROWS: usize = 8192;
 /// Parts that are read ahead.
@@ -37,7 +37,7 @@ const PARTS_AHEAD: usize = 1;
 const LOOK_BYTES: u64 = 64 << 20;
 /// Share of the memory that is free at the start: without a cache, tokens may take so much of it.
 const FREE_SHARE: f64 = 0.8;
-/// A token stands for fewer bytes of text than this, in all but hostile data: what surely does not fit is refused
+/// A token stands for fewer bytes of text than this, except in hostile data. Data that surely does not fit is refused
 /// early.
 const TOKEN_TEXT_BYTES_MAX: u64 = 16;
 
@@ -48,18 +48,18 @@ pub enum TokenCache {
     Off,
     /// In a folder, for this run and later ones.
     Folder {
-        /// It is made if it is not there.
+        /// The folder, which is created if it does not exist.
         path: PathBuf,
-        /// Whether the user named it: then it must be usable. Otherwise memory takes its place, with a warning.
+        /// Whether the user named it. If so, it must be usable; if not, memory replaces it, with a warning.
         named: bool,
     },
 }
 
 /// A dataset as tokens.
 pub struct Prepared {
-    /// In training order, before the epochs' own shuffle.
+    /// The examples to train on, in training order before the epochs' own shuffle.
     pub train: Set,
-    /// In the order of evaluation.
+    /// The examples to evaluate on, in the order of evaluation.
     pub evaluation: Set,
     /// The content of the last entry's rows.
     pub layout: Layout,
@@ -78,7 +78,7 @@ pub struct Set {
 }
 
 impl Set {
-    /// Number of examples.
+    /// Returns the number of examples.
     pub fn len(&self) -> usize {
         self.rows.len()
     }
@@ -88,33 +88,33 @@ impl Set {
         self.rows.is_empty()
     }
 
-    /// Tokens of an example.
+    /// Returns the number of tokens of an example.
     pub fn tokens(&self, index: usize) -> usize {
         self.store.line(self.rows[index]).tokens as usize
     }
 
-    /// Tokens of an example before it was cut.
+    /// Returns the number of tokens of an example before it was cut.
     pub fn whole(&self, index: usize) -> usize {
         self.store.line(self.rows[index]).whole as usize
     }
 
-    /// Learned tokens of an example, without the first, which nothing predicts.
+    /// Returns the number of learned tokens of an example, without the first, which nothing predicts.
     pub fn learned(&self, index: usize) -> u64 {
         self.store.tally(self.rows[index]).map_or(0, |tally| tally.learned)
     }
 
-    /// An example's tokens.
+    /// Returns an example's tokens.
     pub fn example(&self, index: usize) -> Example {
         self.store.example(self.rows[index])
     }
 
-    /// The examples of one entry of `data`.
+    /// Returns the examples of one entry of `data`.
     pub fn of_entry(&self, entry: usize) -> Set {
         let of = |row: &&u32| self.entries[self.store.line(**row).file as usize] == entry;
         Set { rows: self.rows.iter().filter(of).copied().collect(), ..self.clone() }
     }
 
-    /// The place of an example as messages name it: FILE:ROW, counted from 0.
+    /// Returns the place of an example as messages name it: FILE:ROW, counted from 0.
     pub fn place(&self, index: usize) -> String {
         let line = self.store.line(self.rows[index]);
         format!("{}:{}", self.files[line.file as usize], line.row)
@@ -131,7 +131,7 @@ pub enum Examples<'a> {
 }
 
 impl<'a> Examples<'a> {
-    /// Number of examples.
+    /// Returns the number of examples.
     pub fn len(self) -> usize {
         match self {
             Examples::Memory(list) => list.len(),
@@ -144,7 +144,7 @@ impl<'a> Examples<'a> {
         self.len() == 0
     }
 
-    /// Tokens of an example.
+    /// Returns the number of tokens of an example.
     pub fn tokens(self, index: usize) -> usize {
         match self {
             Examples::Memory(list) => list[index].ids.len(),
@@ -152,7 +152,7 @@ impl<'a> Examples<'a> {
         }
     }
 
-    /// An example.
+    /// Returns an example.
     pub fn get(self, index: usize) -> Cow<'a, Example> {
         match self {
             Examples::Memory(list) => Cow::Borrowed(&list[index]),
@@ -186,8 +186,8 @@ impl<'a> From<&'a Set> for Examples<'a> {
     }
 }
 
-/// Makes tokens of all files, or takes them from the cache, and puts them in order. What comes out, and what is told on
-/// the way, is what [`super::read`] and [`super::encode()`] give.
+/// Makes tokens of all files, or takes them from the cache, and puts them in order. The result and the reports are
+/// those of [`super::read`] and [`super::encode()`].
 ///
 /// # Errors
 /// Data: files and rows that cannot be used, or nothing is left to learn. Config: a split that leaves a side empty, no
@@ -277,7 +277,7 @@ struct Contents {
     told: Told,
 }
 
-/// A whole store of the cache, or why it is none.
+/// A whole store of the cache, or the reason why it is not usable.
 enum Kept {
     Sound(Box<(Store, Told)>),
     Damaged,
@@ -319,7 +319,7 @@ impl Work<'_> {
         }
     }
 
-    /// Equal keys make equal stores.
+    /// Returns the key of the store. Equal keys mean equal stores.
     fn key(&self) -> String {
         let mut options = Options { train_share: 1.0, evaluation_from: None, ..self.options.clone() };
         options.shares.iter_mut().for_each(|share| (share.weight, share.name) = (None, None));
@@ -404,14 +404,14 @@ impl Work<'_> {
         Ok((store.locked(lock), contents.told))
     }
 
-    /// A dataset that surely does not fit is refused before the work. Only parquet's footers tell.
+    /// Refuses a dataset that surely does not fit, before the work begins. Only parquet's footers show that.
     fn check_space(&self, cache: &Cache) -> Result<()> {
         let entries = self.files.iter().map(|file| file.entry + 1).max().unwrap_or(0);
         let mut paths = vec![Vec::new(); entries];
         self.files.iter().for_each(|file| paths[file.entry].push(file.path.clone()));
         let mut options = self.options.clone();
         options.shares.iter_mut().for_each(|share| share.weight = None);
-        // Files and columns that cannot be read are told where they are read.
+        // Files and columns that cannot be read are reported when they are read.
         let Ok(Some(found)) = footer::footers(&paths, &options) else { return Ok(()) };
         let most = found.rows.saturating_mul(self.tokens.tokens_max as u64);
         let tokens = (found.text_bytes / TOKEN_TEXT_BYTES_MAX).min(most);
@@ -421,7 +421,7 @@ impl Work<'_> {
         }
     }
 
-    /// Verifies a store of the cache and says again what was told when it was made.
+    /// Verifies a store of the cache and repeats the reports of the time when it was made.
     fn kept(&self, whole: &Whole) -> Result<Kept> {
         let Ok(contents) = serde_json::from_slice::<Contents>(&whole.record) else {
             return Ok(Kept::Damaged);
@@ -456,7 +456,7 @@ impl Work<'_> {
         Ok(Kept::Sound(Box::new((store, told))))
     }
 
-    /// The same bytes may have another name by now.
+    /// Replaces the files' names, since the same bytes may have another name by now.
     fn renamed(&self, told: &mut Told) {
         for (file, name) in self.files.iter().zip(&told.names).filter(|(file, name)| file.name != **name) {
             for (_, text) in &mut told.said {
@@ -465,7 +465,8 @@ impl Work<'_> {
         }
     }
 
-    /// Reads, makes tokens and writes, all at once. `room` is asked about the bytes so far.
+    /// Reads rows, makes tokens and writes them, in parallel. `room` receives the bytes written so far and may end the
+    /// work.
     fn write(&self, writer: Writer, room: &(dyn Fn(u64) -> Result<()> + Sync)) -> Result<(Written, Told)> {
         let chosen = self.chosen()?;
         let left = chosen.as_ref().map(|numbers| numbers.len() as u64);
@@ -489,7 +490,7 @@ impl Work<'_> {
         });
         drop(task);
         interrupt::check()?;
-        // If the writer failed, the reader only heard that nobody listens.
+        // If the writer failed, the reader only found that nobody receives.
         let written = match (read, written) {
             (Ok(found), Ok(written)) => (found, written),
             (_, Err(fault)) | (Err(fault), Ok(_)) => return Err(fault),
@@ -498,8 +499,8 @@ impl Work<'_> {
         Ok((written, self.told(found, left)?))
     }
 
-    /// Numbers of the rows that limits leave, among all that can be used; `None` without limits. They need a reading of
-    /// their own, since they are chosen among the rows of a whole entry.
+    /// Returns numbers of the rows that limits leave, among all that can be used; `None` without limits. They need a
+    /// reading of their own, since they are chosen among the rows of a whole entry.
     fn chosen(&self) -> Result<Option<Vec<u32>>> {
         if self.options.shares.iter().all(|share| share.limit.is_none()) {
             return Ok(None);
@@ -577,7 +578,8 @@ impl Work<'_> {
         writer.push(file as u32, record.row, record.group, found).map_err(|error| unwritten(&error))
     }
 
-    /// Settles the rows that could not be read; what is said meanwhile is kept. `left`: the rows that limits leave.
+    /// Settles the rows that could not be read, and keeps the reports that this makes. `left`: the number of rows that
+    /// limits leave.
     fn told(&self, found: Found, left: Option<u64>) -> Result<Told> {
         let heard = Arc::new(Heard { inner: self.report.clone(), said: Mutex::default() });
         let report = Report::new(heard.clone());
@@ -591,7 +593,7 @@ impl Work<'_> {
         Ok(Told { layout, good, bad, names, said })
     }
 
-    /// Counts, warnings and refusals of a set; what is left are its examples.
+    /// Reports counts, warnings and refusals of a set. Returns its remaining examples.
     fn settled(&self, store: &Arc<Store>, mut rows: Vec<u32>) -> Result<Set> {
         let files: Arc<[Arc<str>]> = self.files.iter().map(|file| Arc::from(file.name.as_str())).collect();
         let mut outcome = Outcome::default();

@@ -5,7 +5,7 @@ use crate::fault::{Fault, Result};
 use crate::report::{Report, Stage};
 use std::fmt::Write;
 
-/// Enough places to find the cause; the counts say the rest.
+/// The number of places that a message shows, which is enough to find the cause.
 const PLACES_SHOWN_MAX: usize = 3;
 const KINDS_SHOWN_MAX: usize = 10;
 
@@ -24,7 +24,7 @@ struct Kind {
 }
 
 impl Problems {
-    /// Adds a bad row. `text` says what is wrong without naming the row, so that equal problems are counted
+    /// Adds a bad row. `text` describes the problem without the row's place, so that equal problems are counted
     /// together.
     pub fn add(&mut self, text: String, file: &str, row: u64) {
         let index = match self.kinds.iter().position(|kind| kind.text == text) {
@@ -45,13 +45,13 @@ impl Problems {
         }
     }
 
-    /// Number of bad rows.
+    /// Returns the number of bad rows.
     pub fn rows(&self) -> u64 {
         self.kinds.iter().map(|kind| kind.rows).sum::<u64>() + self.others
     }
 
-    /// Returns a `Data` fault if there are bad rows that may not be dropped, and warns if they may. `rows_total`
-    /// includes good rows. `advice` says what else can be done about bad ones.
+    /// Fails with a `Data` fault if there are bad rows that may not be dropped, and warns if they may. `rows_total`
+    /// includes good rows. `advice` is another remedy for bad ones.
     pub fn settle(
         self,
         rows_total: u64,
@@ -87,7 +87,7 @@ impl Problems {
         }
     }
 
-    /// One line for each kind, with its count and its first places.
+    /// Returns one line for each kind, with its count and its first places.
     fn list(&self) -> String {
         let mut text = String::new();
         for Kind { text: kind, rows, places } in &self.kinds {

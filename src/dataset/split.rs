@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use std::collections::HashMap;
 
-/// Splits the records. `of` tells the entry of a record and its group.
+/// Splits the records. `of` returns the entry of a record and its group.
 ///
 /// Entries that are given for evaluation decide if there are any. Otherwise the first floor(share * n) records are
 /// trained on and the others evaluate, as `train_test_split` of `datasets` rounds; with a group column, records of one
@@ -43,7 +43,7 @@ pub(super) fn split<T>(
     Ok((train, evaluation))
 }
 
-/// Rows of the entries that are given for evaluation, in their order, and all others, shuffled.
+/// Returns rows of the entries that are given for evaluation, in their order, and all others, shuffled.
 fn given<T>(records: Vec<T>, evaluates: impl Fn(&T) -> bool, options: &Options) -> Result<(Vec<T>, Vec<T>)> {
     let (evaluation, mut train): (Vec<T>, Vec<T>) = records.into_iter().partition(evaluates);
     let empty = |what| Err(Fault::data(format!("the files of `{what}` have 0 rows")));
@@ -134,7 +134,7 @@ mod tests {
         Options { shuffle, seed, train_share, ..Options::RECOGNISED }
     }
 
-    /// Splits numbers; the group of a number is what `group` says.
+    /// Splits numbers. `group` returns the group of a number.
     fn groups(
         rows: u64,
         share: f64,
@@ -150,7 +150,7 @@ mod tests {
         for seed in 0..50 {
             let (train, evaluation) = groups(100, 0.8, seed, |row| Some(row % 13)).unwrap();
             assert!(train.iter().all(|a| evaluation.iter().all(|b| a % 13 != b % 13)), "seed {seed}");
-            // A group has 7 or 8 rows; the side that trains lacks less than one to the 80 asked for.
+            // A group has 7 or 8 rows; the side that trains lacks less than one group to the 80 asked for.
             assert!((73..=80).contains(&train.len()) && train.len() + evaluation.len() == 100);
             let (again, _) = groups(100, 0.8, seed, |row| Some(row % 13)).unwrap();
             assert_eq!(train, again);

@@ -1,8 +1,8 @@
 //! Examples in the order of their rows -> two flat files, or memory, and back: the tokens, and a line for each row.
 //!
-//! A token takes four bytes: its id, and whether it is learned in the highest bit. A row's line says where its tokens
-//! begin and what encoding found. Tokens are read through a memory map; its pages are given back as reading goes on, so
-//! that the process holds a bounded part of them.
+//! A token takes four bytes: its id, and whether it is learned in the highest bit. A row's line has the place of its
+//! tokens and the findings of encoding. Tokens are read through a memory map. Its pages are given back as reading goes
+//! on, so that the process holds a bounded part of them.
 
 use super::Example;
 use super::encode::Encoded;
@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Set in a token that is learned.
 const LEARNED: u32 = 1 << 31;
 const TOKEN_BYTES: usize = 4;
-/// Bytes of a row's line: where its tokens begin, its row and its group (8 each); tokens, tokens before cutting,
+/// Bytes of a row's line: the offset of its tokens, its row and its group (8 each); tokens, tokens before cutting,
 /// learned, note, file (4 each).
 const LINE_BYTES: usize = 3 * 8 + 5 * 4;
 /// Bytes that one digest stands for. Digests of parts are checked on all cores.
@@ -43,7 +43,7 @@ const ROWS_MAX: u64 = u32::MAX as u64;
 pub(super) enum Note {
     /// The counts that most rows have at zero.
     Tally(Tally),
-    /// The row cannot be used: why.
+    /// The reason why the row cannot be used.
     Refused(String),
 }
 
@@ -53,13 +53,13 @@ pub(super) struct Line {
     at: u64,
     /// Counted from 0 in its file.
     pub row: u64,
-    /// None: the row teaches nothing, or cannot be used.
+    /// Number of its tokens; 0: the row has nothing to learn, or cannot be used.
     pub tokens: u32,
     /// Tokens before cutting.
     pub whole: u32,
     learned: u32,
     note: u32,
-    /// Its number among the files.
+    /// The number of the row's file.
     pub file: u32,
     /// Digest of its group; 0: it has none.
     group: u64,
@@ -93,7 +93,7 @@ impl Line {
         }
     }
 
-    /// Digest of the row's group, if it has one.
+    /// Returns the digest of the row's group, if it has one.
     pub fn group(&self) -> Option<u64> {
         Some(self.group).filter(|group| *group != 0)
     }
@@ -153,7 +153,7 @@ impl Digested {
         self.in_part = 0;
     }
 
-    /// Everything is on the disk afterwards.
+    /// Writes everything to the disk.
     fn finish(mut self) -> io::Result<Content> {
         self.flush()?;
         if self.in_part > 0 {
@@ -235,17 +235,17 @@ pub(super) enum Drained {
 }
 
 impl Writer {
-    /// An empty store that writes to these two places.
+    /// Returns an empty store that writes to these two places.
     pub fn new(tokens: Drain, lines: Drain) -> Writer {
         Writer { tokens, lines, notes: HashMap::new(), rows: 0, at: 0 }
     }
 
-    /// Bytes so far.
+    /// Returns the number of bytes so far.
     pub fn bytes(&self) -> u64 {
         self.at * TOKEN_BYTES as u64 + self.rows * LINE_BYTES as u64
     }
 
-    /// Adds what became of a row; the error of `found` says what is wrong with it.
+    /// Adds the outcome of a row; the error of `found` describes its fault.
     pub fn push(
         &mut self,
         file: u32,
@@ -277,7 +277,7 @@ impl Writer {
         drain(&mut self.lines, &line.bytes())
     }
 
-    /// Everything is on the disk afterwards, if it goes there.
+    /// Writes everything to the disk, if the store is on the disk.
     pub fn finish(self) -> io::Result<Written> {
         let drained = |drain: Drain| match drain {
             Drain::Memory(bytes) => Ok(Drained::Memory(bytes)),
@@ -313,15 +313,15 @@ pub(super) enum Bytes {
 }
 
 impl Bytes {
-    /// The file's bytes; they stay readable if the file's name goes away.
+    /// Returns the file's bytes; they stay readable if the file's name goes away.
     pub fn mapped(path: &Path) -> Result<Bytes> {
         let storage = |error: io::Error| Fault::storage("read", path, &error);
         let file = plain::open(path).map_err(storage)?;
         if file.metadata().map_err(storage)?.len() == 0 {
             return Ok(Bytes::Memory(Vec::new()));
         }
-        // SAFETY: the mapping is read-only. A finished store is never written again, only removed; a file that
-        // something else cuts short meanwhile would end the process with SIGBUS, as any mapped read would.
+        // SAFETY: the mapping is read-only. A finished store is never written again, only removed; if another program
+        // shortens the file meanwhile, a read ends the process with SIGBUS, as for any mapping.
         unsafe { Mmap::map(&file) }.map(Bytes::Mapped).map_err(storage)
     }
 
@@ -353,14 +353,14 @@ pub(super) struct Store {
 }
 
 impl Store {
-    /// `None`: the lines do not fit the tokens and the notes.
+    /// Opens a store. `None`: the lines do not fit the tokens and the notes.
     pub fn new(tokens: Bytes, lines: Bytes, notes: Vec<Note>) -> Option<Store> {
         let store = Store { tokens, lines, notes, touched: AtomicUsize::new(0), _lock: None };
         let whole = store.lines.get().len().is_multiple_of(LINE_BYTES);
         (whole && store.fits()).then_some(store)
     }
 
-    /// The same store; its files are locked.
+    /// Returns the same store; its files are locked.
     pub fn locked(self, lock: File) -> Store {
         Store { _lock: Some(lock), ..self }
     }
@@ -378,19 +378,19 @@ impl Store {
         follows && at == tokens
     }
 
-    /// Number of rows.
+    /// Returns the number of rows.
     pub fn rows(&self) -> u32 {
         (self.lines.get().len() / LINE_BYTES) as u32
     }
 
-    /// The line of a row.
+    /// Returns the line of a row.
     pub fn line(&self, row: u32) -> Line {
         let at = row as usize * LINE_BYTES;
         let bytes = self.lines.get()[at..].first_chunk().expect("rows are counted from the lines");
         Line::of(bytes)
     }
 
-    /// The counts of a row; the error says why it cannot be used.
+    /// Returns the counts of a row; the error says why it cannot be used.
     pub fn tally(&self, row: u32) -> std::result::Result<Tally, &str> {
         let line = self.line(row);
         match &self.notes[line.note as usize] {
@@ -405,7 +405,7 @@ impl Store {
         }
     }
 
-    /// The tokens of a row, and which of them carry loss.
+    /// Returns the tokens of a row, and which of them carry loss.
     pub fn example(&self, row: u32) -> Example {
         let bytes = self.packed(&self.line(row));
         let mut example = Example {

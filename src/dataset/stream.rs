@@ -9,7 +9,7 @@ use crate::report::{Report, Stage, Unit};
 use crate::source;
 use std::sync::Arc;
 
-/// Records of neighbouring rows, and what was read up to here.
+/// Records of neighbouring rows, and the columns and fields read so far.
 pub(super) struct Part {
     /// Records of rows that can be used.
     pub records: Vec<Record>,
@@ -23,7 +23,7 @@ pub(super) struct Part {
 pub(super) struct Found<'a> {
     /// Rows that cannot be used.
     pub problems: Problems,
-    /// How columns and fields were read.
+    /// The columns and fields that were read, and their use.
     pub reading: Reading<'a>,
     /// The format of the last entry's first file; `None` if there is no file.
     pub format: Option<&'static Format>,
@@ -105,7 +105,7 @@ fn layouts_differ(a: &Format, a_name: &str, b: &Format, b_name: &str) -> Fault {
     .help("train on files of one layout, or rewrite one of them")
 }
 
-/// The fault of a dataset without a row.
+/// Returns the fault of a dataset without a row.
 pub(super) fn no_rows(files: &[source::File]) -> Fault {
     let names: Vec<&str> = files.iter().take(3).map(|file| file.name.as_str()).collect();
     Fault::data(format!("the dataset has 0 rows in {} file(s): {}", files.len(), names.join(", ")))

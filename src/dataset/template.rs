@@ -40,7 +40,7 @@ const TEXT_BYTES_MAX: usize = 256 << 20;
 const BEGIN: &str = "\u{10fffd}\u{f0f0a}\u{10fff1}";
 const END: &str = "\u{10fffd}\u{f0f0b}\u{10fff1}";
 const NAME: &str = "chat_template";
-/// Prefix that tells the template's own refusals from failures in it.
+/// Prefix that distinguishes the template's own refusals from failures in it.
 const REFUSED: &str = "\u{1}";
 
 /// A compiled template.
@@ -80,8 +80,8 @@ impl Template {
         environment.set_recursion_limit(RECURSION_MAX);
         environment.set_unknown_method_callback(method);
         environment.add_filter("tojson", to_json);
-        // In minijinja none is iterable. In Python a string is iterable and none is not: Nemotron's `tools is
-        // iterable`.
+        // In minijinja none is iterable. In Python a string is iterable and none is not, which Nemotron's `tools is
+        // iterable` relies on.
         environment.add_test("iterable", |value: &Value| {
             value.kind() == ValueKind::String || (!value.is_none() && value.try_iter().is_ok())
         });
@@ -106,7 +106,7 @@ impl Template {
         })
     }
 
-    /// The messages as the template sees them, made once and rendered in parts.
+    /// Returns the messages as the template sees them, made once and rendered in parts.
     pub fn values(messages: &[Message]) -> Vec<Value> {
         messages.iter().map(value).collect()
     }
@@ -163,15 +163,15 @@ impl Template {
     }
 }
 
-/// The part of the time that a template may write, so that texts made at other times are told apart: the dates that it
-/// asks for, or, if the format is no plain text, the second.
+/// Returns the part of the time that a template may write, so that texts made at other times are distinguished: the
+/// dates that it asks for, or, if the format is no plain text, the second.
 pub(super) fn dates(source: &str, now: SystemTime) -> Vec<String> {
     let time = Timestamp::try_from(now).unwrap_or(Timestamp::UNIX_EPOCH);
     let seconds = time.as_second();
     let mut dates = Vec::new();
     for rest in source.split("strftime_now").skip(1) {
         let Some(rest) = rest.trim_start().strip_prefix('(') else {
-            // Asked whether it is defined, or given another name.
+            // The template only checks whether it is defined, or gives it another name.
             let asked = rest.trim_start().starts_with("is ");
             dates.extend((!asked).then(|| seconds.to_string()));
             continue;
@@ -203,7 +203,7 @@ fn is_short(messages: &[Value], context: &Context) -> bool {
         && bytes().is_some_and(|bytes| bytes <= SHORT_BYTES)
 }
 
-/// A message as the template sees it: role, content (none if it is null), then the further fields.
+/// Returns a message as the template sees it: role, content (none if it is null), then the further fields.
 fn value(message: &Message) -> Value {
     let content = message.content.as_deref().map_or(Value::from(()), Value::from);
     let mut fields = vec![("role", Value::from(message.role.as_str())), ("content", content)];
@@ -373,7 +373,7 @@ mod tests {
         assert!(Template::new("{% if %}", &[], UNIX_EPOCH).is_err_and(|error| error.contains("line 1")));
     }
 
-    /// The expected texts were rendered by transformers; `tests/scripts/templates.py` says how.
+    /// The expected texts were rendered by transformers (`tests/scripts/templates.py`).
     #[test]
     fn renders_what_transformers_renders() {
         let fixture: serde_json::Value =
@@ -418,7 +418,7 @@ mod tests {
     }
 
     /// Templates as publishers ship them, with tools, calls, system turns and thoughts. The expected texts were
-    /// rendered by transformers; `tests/scripts/chat_templates.py` says how.
+    /// rendered by transformers (`tests/scripts/chat_templates.py`).
     #[test]
     fn renders_real_templates_as_transformers_does() {
         let fixture: serde_json::Value =

@@ -88,22 +88,22 @@ impl Tokenizer {
         self
     }
 
-    /// Id of the end-of-sequence token.
+    /// Returns the id of the end-of-sequence token.
     pub fn eos_id(&self) -> u32 {
         self.eos_id
     }
 
-    /// Text of the end-of-sequence token.
+    /// Returns the text of the end-of-sequence token.
     pub fn eos(&self) -> &str {
         &self.eos
     }
 
-    /// Id of the beginning-of-sequence token, if there is one.
+    /// Returns the id of the beginning-of-sequence token, if there is one.
     pub fn bos_id(&self) -> Option<u32> {
         self.special("bos_token").and_then(|token| self.inner.token_to_id(token))
     }
 
-    /// Text of the beginning-of-sequence token, if there is one.
+    /// Returns the text of the beginning-of-sequence token, if there is one.
     pub fn bos(&self) -> Option<&str> {
         self.special("bos_token")
     }
@@ -113,7 +113,7 @@ impl Tokenizer {
         self.ends.contains(&id)
     }
 
-    /// Texts of the tokens at which generation stops.
+    /// Returns texts of the tokens at which generation stops.
     pub fn end_tokens(&self) -> Vec<String> {
         self.ends.iter().map(|&id| self.id_to_text(id)).collect()
     }
@@ -123,27 +123,27 @@ impl Tokenizer {
         self.special_ids.contains(&id)
     }
 
-    /// Id of the padding token. Its absence is common and harmless, because padding is masked.
+    /// Returns the id of the padding token. Its absence is common and harmless, because padding is masked.
     pub fn pad_id(&self) -> Option<u32> {
         self.special("pad_token").and_then(|token| self.inner.token_to_id(token))
     }
 
-    /// One more than the largest id: the number of rows that an embedding needs.
+    /// Returns one more than the largest id: the number of rows that an embedding needs.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
 
-    /// The model's own chat template, if it has one.
+    /// Returns the model's own chat template, if it has one.
     pub fn chat_template(&self) -> Option<&str> {
         self.chat_template_called("default")
     }
 
-    /// The model's own chat template for rows with tools, if it is a separate one.
+    /// Returns the model's own chat template for rows with tools, if it is a separate one.
     pub(super) fn tool_template(&self) -> Option<&str> {
         self.chat_template_called("tool_use").filter(|_| self.chat_template().is_some())
     }
 
-    /// The usual chat template. Errors: `Config` if there is none.
+    /// Returns the usual chat template. Errors: `Config` if there is none.
     pub(super) fn default_template(&self) -> Result<&str> {
         self.chat_template().ok_or_else(|| match self.template_names() {
             names if names.is_empty() => {
@@ -158,7 +158,7 @@ impl Tokenizer {
         })
     }
 
-    /// The model's chat template of that name. Errors: `Config` if there is none.
+    /// Returns the model's chat template of that name. Errors: `Config` if there is none.
     pub(super) fn named_template(&self, name: &str) -> Result<&str> {
         self.chat_template_called(name).ok_or_else(|| {
             let names = self.template_names();
@@ -177,7 +177,7 @@ impl Tokenizer {
         self.chat_templates.iter().find(|(other, _)| other == name).map(|(_, text)| text.as_str())
     }
 
-    /// The texts of all its chat templates.
+    /// Returns the texts of all its chat templates.
     pub(super) fn template_texts(&self) -> impl Iterator<Item = &str> {
         self.chat_templates.iter().map(|(_, text)| text.as_str())
     }
@@ -191,7 +191,7 @@ impl Tokenizer {
         self.chat_templates.iter().map(|(name, _)| name.as_str()).collect()
     }
 
-    /// The text of one token.
+    /// Returns the text of one token.
     pub fn id_to_text(&self, id: u32) -> String {
         self.text(&[id])
     }
@@ -213,7 +213,7 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// The same of a text's beginning, with more than `tokens_max` tokens, if the text is very long.
+    /// Returns the same of a text's beginning, with more than `tokens_max` tokens, if the text is very long.
     pub fn encode_beginning(
         &self,
         text: &str,
@@ -223,7 +223,7 @@ impl Tokenizer {
         beginning(text, tokens_max, |text| self.encode(text, specials), |ids| ids)
     }
 
-    /// The bytes that a token stands for in any place, which may be a part of a character.
+    /// Returns the bytes that a token stands for in any place, which may be a part of a character.
     pub fn token_bytes(&self, id: u32) -> Vec<u8> {
         let Some(token) = self.inner.id_to_token(id) else { return Vec::new() };
         if self.inner.get_added_tokens_decoder().contains_key(&id) {
@@ -302,8 +302,8 @@ const PIECE_BYTES_MAX: usize = 8 << 20;
 /// A border within a text changes at most the tokens of a few words before it.
 const TOKENS_BEYOND: usize = 256;
 
-/// The tokens of a text or of its beginning. The beginning is long enough if `tokens_max` of its tokens, and some
-/// more, are the same for twice as much text, so that later text does not change them.
+/// Returns the tokens of a text or of its beginning. The beginning is long enough if `tokens_max` of its tokens, and
+/// some more, are the same for twice as much text, so that later text does not change them.
 fn beginning<T>(
     text: &str,
     tokens_max: usize,
@@ -339,7 +339,7 @@ fn beginning<T>(
     }
 }
 
-/// The tokens around those of two plain texts, if they are the same.
+/// Returns the tokens around those of two plain texts, if they are the same.
 fn around(inner: &tokenizers::Tokenizer) -> Option<(Vec<u32>, Vec<u32>)> {
     let of = |text: &str| {
         let ids = |specials| inner.encode_fast(text, specials).map(|found| found.get_ids().to_vec()).ok();
@@ -390,7 +390,8 @@ fn load(folder: &Path) -> Result<tokenizers::Tokenizer> {
         harm::check(&bytes).map_err(|what| Fault::model(format!("{file}: {what}")))?;
         let inner = tokenizers::Tokenizer::from_bytes(&bytes)
             .map_err(|error| Fault::model(format!("{file}: {error}")))?;
-        // Parts that do not fit together panic when they are used: here, where that is a fault of the file.
+        // Parts that do not fit together panic when they are used. They are used here, so that the panic becomes a
+        // fault of the file.
         let _ = inner.encode_fast("", true);
         Ok(inner)
     })?;
@@ -436,7 +437,7 @@ fn add_declared_tokens(inner: &mut tokenizers::Tokenizer, config: &Value) -> Res
     Ok(())
 }
 
-/// Every `..._token` with a text; tokenizer_config.json comes first.
+/// Returns every `..._token` with a text; tokenizer_config.json comes first.
 fn specials(config: &Value, map: &Value) -> Vec<(String, String)> {
     let mut found: Vec<(String, String)> = Vec::new();
     for (name, value) in [config, map].into_iter().filter_map(Value::as_object).flatten() {
@@ -450,7 +451,7 @@ fn specials(config: &Value, map: &Value) -> Vec<(String, String)> {
     found
 }
 
-/// The named `eos_token`, else the first `eos_token_id` of generation_config.json or config.json.
+/// Returns the named `eos_token`, else the first `eos_token_id` of generation_config.json or config.json.
 fn end_of_sequence(
     inner: &tokenizers::Tokenizer,
     folder: &Path,
@@ -476,7 +477,7 @@ fn end_of_sequence(
         .help("set eos_token in tokenizer_config.json"))
 }
 
-/// The ids at which generation stops: the named token, and `eos_token_id` of generation_config.json and
+/// Returns the ids at which generation stops: the named token, and `eos_token_id` of generation_config.json and
 /// config.json.
 fn ends(folder: &Path, eos_id: u32) -> Result<Vec<u32>> {
     let mut ends = vec![eos_id];
@@ -495,8 +496,8 @@ fn ends(folder: &Path, eos_id: u32) -> Result<Vec<u32>> {
     Ok(ends)
 }
 
-/// The chat templates in the order of transformers: the file of its own, the older JSON file, tokenizer_config.json
-/// (a text, or a list of named ones). Then a folder of further named ones.
+/// Returns the chat templates in the order of transformers: the file of its own, the older JSON file,
+/// tokenizer_config.json (a text, or a list of named ones). Then a folder of further named ones.
 fn chat_templates(folder: &Path, config: &Value) -> Result<Vec<(String, String)>> {
     let own = optional(folder, "chat_template.json")?;
     let mut found = match read(folder, "chat_template.jinja")? {

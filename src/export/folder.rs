@@ -72,7 +72,7 @@ impl Folder {
         Ok(folder)
     }
 
-    /// Files that a killed process left.
+    /// Removes files that a killed process left.
     fn clear(&self) -> Result<()> {
         let wrong = |error: io::Error| Fault::storage("clear", &self.work, &error);
         for entry in fs::read_dir(&self.work).map_err(wrong)?.flatten().filter(|e| e.file_name() != LOCK) {
@@ -83,7 +83,7 @@ impl Folder {
         Ok(())
     }
 
-    /// The place of the files until the end.
+    /// Returns the place of the files until the end.
     pub fn work(&self) -> &Path {
         &self.work
     }
@@ -179,7 +179,7 @@ impl Writer {
         self.file.write_all(bytes).map_err(|error| Fault::storage("write", &self.path, &error))
     }
 
-    /// Bytes so far.
+    /// Returns the number of bytes so far.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }

@@ -2,7 +2,7 @@
 //! tensors again.
 //!
 //! Sources: ggml's `docs/gguf.md` (the format), llama.cpp's model loaders and converters (keys, names and orders by
-//! architecture). What llama.cpp does not compute as the model does is refused, or told.
+//! architecture). A form that llama.cpp computes in another way than the model is refused or reported.
 
 pub mod file;
 pub mod architecture;
@@ -25,7 +25,7 @@ use crate::ops::cpu;
 use crate::ops::matmul::Weight;
 use crate::report::{Report, Stage, Unit};
 
-/// How files of a type are marked (`general.file_type`).
+/// Returns the mark of a file of this type (`general.file_type`).
 fn file_type(stored: Stored) -> u32 {
     match stored {
         Stored::F32 => 0,
@@ -45,13 +45,13 @@ pub struct Planned {
 }
 
 impl Planned {
-    /// Bytes of all tensors.
+    /// Returns the number of bytes of all tensors.
     pub fn bytes(&self) -> u64 {
         self.entries.iter().map(|(_, item, kind)| kind.bytes(item.values()) as u64).sum()
     }
 }
 
-/// The content of the file to be written.
+/// Returns the content of the file to be written.
 ///
 /// # Errors
 /// Model: a family or a form of it that llama.cpp does not load.
@@ -149,8 +149,8 @@ fn write_tensor(merged: &Merged, entry: &Entry, item: &Item, kind: Kind, file: &
 
 /// Writes adapters alone: their sum as one pair for each linear layer, ranks side by side.
 ///
-/// `alpha` is what the file says; llama.cpp scales each pair by alpha / rank, which B makes up for, so that rsLoRA and
-/// patterns come out right.
+/// `alpha` is the value in the file. llama.cpp scales each pair by alpha / rank; B is scaled to compensate, so that
+/// rsLoRA and patterns give the right result.
 pub fn write_adapter(
     facts: &Facts,
     architecture: &Architecture,
@@ -232,7 +232,7 @@ fn values(weight: &Weight) -> Result<Vec<f64>> {
     }
 }
 
-/// The tokenizer's keys and the template, as `vocabulary` reads them from a model's folder.
+/// Returns the tokenizer's keys and the template, as `vocabulary` reads them from a model's folder.
 pub fn tokenizer(
     folder: &Path,
     rows: usize,

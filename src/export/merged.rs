@@ -23,7 +23,7 @@ const BLOCK_VALUES: usize = 4 << 20;
 pub struct Merged<'a> {
     /// The model.
     pub facts: &'a Facts,
-    /// Its weights.
+    /// The model's weights.
     pub checkpoint: &'a Checkpoint,
     /// The type in which the training held the base, if the merged weights are to start from that.
     pub four_bit: Option<(FourBitCode, bool)>,
@@ -33,7 +33,7 @@ pub struct Merged<'a> {
 /// A tensor of the merged model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Item {
-    /// As the causal language model has it.
+    /// The name in the causal language model.
     pub name: String,
     /// [rows, cols], or one length.
     pub shape: Vec<usize>,
@@ -46,7 +46,7 @@ pub struct Item {
 }
 
 impl Item {
-    /// Number of values.
+    /// Returns the number of values.
     pub fn values(&self) -> usize {
         self.shape.iter().product()
     }
@@ -62,7 +62,7 @@ struct LowRank {
 }
 
 impl<'a> Merged<'a> {
-    /// The sum of a checkpoint and adapters with their strengths.
+    /// Returns the sum of a checkpoint and adapters with their strengths.
     pub fn new(
         facts: &'a Facts,
         checkpoint: &'a Checkpoint,
@@ -72,7 +72,7 @@ impl<'a> Merged<'a> {
         Merged { facts, checkpoint, four_bit, pairs }
     }
 
-    /// The language model's tensors in the order of computation.
+    /// Returns the language model's tensors in the order of computation.
     pub fn items(&self) -> Vec<Item> {
         let linears: std::collections::HashMap<String, usize> = self
             .facts
@@ -97,7 +97,7 @@ impl<'a> Merged<'a> {
         self.facts.tensors().into_iter().map(item).collect()
     }
 
-    /// Tensors of other parts of a multimodal model, which stay as they are.
+    /// Returns tensors of other parts of a multimodal model, which stay as they are.
     pub fn beside(&self) -> Vec<String> {
         let names = self.checkpoint.names().filter(|name| beside_language(name));
         names.map(str::to_owned).collect()
@@ -113,7 +113,7 @@ impl<'a> Merged<'a> {
     /// Gives the item's values to `take`, one block of whole rows after another.
     ///
     /// # Errors
-    /// Model: the checkpoint is damaged, or its values are not finite. Whatever `take` fails with.
+    /// Model: the checkpoint is damaged, or its values are not finite. The fault of `take`.
     pub fn each_block(&self, item: &Item, mut take: impl FnMut(&[f32]) -> Result<()>) -> Result<()> {
         let cols = item.shape.last().copied().unwrap_or(1);
         let rows = item.values() / cols.max(1);
@@ -150,7 +150,7 @@ impl<'a> Merged<'a> {
         Ok(())
     }
 
-    /// A weight that is or was held in 4 bits.
+    /// Returns a weight that is or was held in 4 bits.
     fn dequantised(&self, item: &Item) -> Result<Option<Vec<f32>>> {
         let (Some(_), [rows, cols]) = (item.linear, item.shape.as_slice()) else { return Ok(None) };
         if stored::has(self.checkpoint, &item.name) {
@@ -161,7 +161,7 @@ impl<'a> Merged<'a> {
         Ok(Some(FourBit::quantize(&values, *rows, *cols, code, double)?.dequantize()?))
     }
 
-    /// The trained rows of a table of tokens: (token, strength, row).
+    /// Returns the trained rows of a table of tokens: (token, strength, row).
     fn rows_of_tokens(&self, item: &Item) -> Result<Vec<(usize, f64, Vec<f32>)>> {
         let mut list = Vec::new();
         for (pairs, strength) in self.pairs.iter().filter(|(_, strength)| *strength != 0.0) {

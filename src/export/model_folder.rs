@@ -31,7 +31,7 @@ const WEIGHTS: [&str; 12] = [
     ".msgpack",
     ".onnx",
 ];
-/// Written anew, or of the base alone.
+/// Files that hone writes itself, or that describe the base alone.
 const NOT_COPIED: [&str; 4] = ["config.json", "generation_config.json", "README.md", "hone.json"];
 
 /// The files that are written beside the weights.
@@ -61,7 +61,7 @@ enum From {
     Beside(String),
 }
 
-/// Bytes of all tensors in this type.
+/// Returns the number of bytes of all tensors in this type.
 pub fn bytes(merged: &Merged, stored: Stored) -> u64 {
     planned(merged, stored).iter().map(|tensor| tensor.bytes as u64).sum()
 }
@@ -140,7 +140,7 @@ fn integer(dtype: Dtype) -> Option<&'static str> {
     }
 }
 
-/// In order, a new file where the next tensor would not fit.
+/// Divides the tensors, in order, into files. A new file begins if the next tensor would not fit.
 fn shards(tensors: Vec<Planned>, shard_bytes: u64) -> Vec<Vec<Planned>> {
     let mut shards: Vec<Vec<Planned>> = vec![Vec::new()];
     let mut held = 0;
@@ -155,7 +155,7 @@ fn shards(tensors: Vec<Planned>, shard_bytes: u64) -> Vec<Vec<Planned>> {
     shards
 }
 
-/// Length and JSON, filled with blanks so that the tensors begin at a multiple of eight bytes.
+/// Returns the length and JSON, filled with blanks so that the tensors begin at a multiple of eight bytes.
 fn header(shard: &[Planned]) -> Vec<u8> {
     let mut header = Map::new();
     header.insert("__metadata__".into(), json!({"format": "pt"}));
@@ -209,7 +209,7 @@ pub fn write_beside(beside: &Beside, stored: Stored, folder: &Folder) -> Result<
     folder.write("README.md", beside.card.as_bytes())
 }
 
-/// The merged weights are not quantised, and have one type.
+/// Writes the type into the configuration. The merged weights are not quantised, and have one type.
 fn in_type(config: &mut Map<String, Json>, stored: Stored) {
     let name = match stored {
         Stored::F32 => "float32",
@@ -235,8 +235,8 @@ fn in_type(config: &mut Map<String, Json>, stored: Stored) {
     }
 }
 
-/// The model's own, with every token that ends an answer: training teaches the end of the turn, which some models do
-/// not name there.
+/// Returns the model's own, with every token that ends an answer: training teaches the end of the turn, which some
+/// models do not name there.
 fn generation(beside: &Beside) -> Result<Option<Map<String, Json>>> {
     let found = object(beside.from, "generation_config.json")?;
     let config = object(beside.from, "config.json")?.unwrap_or_default();
@@ -269,7 +269,7 @@ fn object(folder: &Path, name: &str) -> Result<Option<Map<String, Json>>> {
     }
 }
 
-/// Plain files and the folder of further chat templates; links are followed, as the hub's cache has them.
+/// Copies plain files and the folder of further chat templates. Links are followed, since the hub's cache has them.
 fn copy(from: &Path, to: &Path, with_template: bool) -> Result<()> {
     let entries = std::fs::read_dir(from).map_err(|error| Fault::storage("read", from, &error))?;
     for entry in entries.flatten() {

@@ -7,9 +7,9 @@ use serde_json::{Map, Value};
 use crate::fault::{Fault, Kind, Result};
 use crate::plain;
 
-/// Multimodal models whose language part is a family of its own. The flag says whether the model ties its output
-/// head if neither part of the config states it (transformers' defaults). Mistral 3's default is tied, but its
-/// checkpoints hold a head.
+/// Multimodal models whose language part belongs to a family. The flag says whether the model ties its output head if
+/// neither part of the config states it (transformers' defaults). Mistral 3's default is tied, but its checkpoints hold
+/// a head.
 const WRAPPERS: [(&str, bool); 4] =
     [("gemma3", true), ("mistral3", false), ("llava", false), ("llava_next", false)];
 
@@ -62,13 +62,13 @@ impl Config {
         Ok(part)
     }
 
-    /// `model_type` of the multimodal model whose language part this is: `gemma3`, `mistral3`, `llava`.
+    /// Returns the `model_type` of the multimodal model whose language part this is: `gemma3`, `mistral3`, `llava`.
     pub fn wrapper(&self) -> Option<&str> {
         self.wrapper.as_deref()
     }
 
-    /// The type of the stored weights as the config names it: `torch_dtype`, or `dtype` since transformers 5. It
-    /// informs only; each tensor states its own type.
+    /// Returns the type of the stored weights as the config names it: `torch_dtype`, or `dtype` since transformers 5.
+    /// It informs only, since each tensor states its own type.
     pub fn dtype(&self) -> Result<Option<String>> {
         Ok(self.text("dtype")?.or(self.text("torch_dtype")?))
     }
@@ -100,19 +100,19 @@ impl Config {
         self.json.contains_key(key)
     }
 
-    /// A whole number above 0. A missing key is a fault.
+    /// Returns a whole number above 0. A missing key is a fault.
     pub fn integer(&self, key: &str) -> Result<usize> {
         self.integer_or_none(key)?.ok_or_else(|| self.missing(key, "a whole number"))
     }
 
-    /// A whole number above 0, or `None` if the key is missing or null.
+    /// Returns a whole number above 0, or `None` if the key is missing or null.
     pub fn integer_or_none(&self, key: &str) -> Result<Option<usize>> {
         self.get(key, "a whole number above 0", |value| {
             value.as_u64().filter(|&n| n > 0).and_then(|n| usize::try_from(n).ok())
         })
     }
 
-    /// A whole number that may be 0; `absent` if the key is missing or null.
+    /// Returns a whole number that may be 0; `absent` if the key is missing or null.
     pub fn whole_or(&self, key: &str, absent: usize) -> Result<usize> {
         let whole = |value: &Value| value.as_u64().and_then(|n| usize::try_from(n).ok());
         Ok(self.get(key, "a whole number", whole)?.unwrap_or(absent))
@@ -136,48 +136,48 @@ impl Config {
         }
     }
 
-    /// A number. A missing key is a fault.
+    /// Returns a number. A missing key is a fault.
     pub fn number(&self, key: &str) -> Result<f64> {
         self.number_or_none(key)?.ok_or_else(|| self.missing(key, "a number"))
     }
 
-    /// A finite number, or `None` if the key is missing or null.
+    /// Returns a finite number, or `None` if the key is missing or null.
     pub fn number_or_none(&self, key: &str) -> Result<Option<f64>> {
         self.get(key, "a number", |value| value.as_f64().filter(|n| n.is_finite()))
     }
 
-    /// A finite number: `absent` if the key is missing, `None` if it is null.
+    /// Returns a finite number: `absent` if the key is missing, `None` if it is null.
     pub fn number_unless_null(&self, key: &str, absent: f64) -> Result<Option<f64>> {
         if self.says(key) { self.number_or_none(key) } else { Ok(Some(absent)) }
     }
 
-    /// A flag; a missing key is false.
+    /// Returns a flag; a missing key is false.
     pub fn flag(&self, key: &str) -> Result<bool> {
         self.flag_or(key, false)
     }
 
-    /// A flag; `absent` if the key is missing or null.
+    /// Returns a flag; `absent` if the key is missing or null.
     pub fn flag_or(&self, key: &str, absent: bool) -> Result<bool> {
         Ok(self.get(key, "true or false", Value::as_bool)?.unwrap_or(absent))
     }
 
-    /// A string, or `None` if the key is missing or null.
+    /// Returns a string, or `None` if the key is missing or null.
     pub fn text(&self, key: &str) -> Result<Option<String>> {
         self.get(key, "a text", |value| value.as_str().map(str::to_owned))
     }
 
-    /// The names of this object's entries, in their order.
+    /// Returns the names of this object's entries, in their order.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         self.json.keys().map(String::as_str)
     }
 
-    /// A list of numbers. A missing key is a fault.
+    /// Returns a list of numbers. A missing key is a fault.
     pub fn numbers(&self, key: &str) -> Result<Vec<f64>> {
         let list = |value: &Value| value.as_array()?.iter().map(Value::as_f64).collect();
         self.get(key, "a list of numbers", list)?.ok_or_else(|| self.missing(key, "a list of numbers"))
     }
 
-    /// A list of strings, or `None` if the key is missing or null.
+    /// Returns a list of strings, or `None` if the key is missing or null.
     pub fn texts_or_none(&self, key: &str) -> Result<Option<Vec<String>>> {
         let list =
             |value: &Value| value.as_array()?.iter().map(|text| text.as_str().map(str::to_owned)).collect();

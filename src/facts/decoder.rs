@@ -65,7 +65,7 @@ impl Names {
 /// The norms of the residual stream.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NormKind {
-    /// How the norm is computed.
+    /// The formula of the norm.
     pub form: NormForm,
     /// The value added to the mean square or the variance.
     pub eps: f64,
@@ -248,17 +248,17 @@ impl Facts {
         numbered.flat_map(|(number, layer)| layer.projections().map(move |projection| (number, projection)))
     }
 
-    /// The full path of a projection: `model.layers.3.self_attn.q_proj`.
+    /// Returns the full path of a projection: `model.layers.3.self_attn.q_proj`.
     pub fn path(&self, layer: usize, projection: &Projection) -> String {
         self.inside(layer, projection.path)
     }
 
-    /// The full path of a module or tensor of a layer: `model.layers.3.{path}`.
+    /// Returns the full path of a module or tensor of a layer: `model.layers.3.{path}`.
     pub fn inside(&self, layer: usize, path: &str) -> String {
         format!("{}.{layer}.{path}", self.names.layers)
     }
 
-    /// The path of the embedding's module, which has the wrapper's names in a multimodal model.
+    /// Returns the path of the embedding's module, which has the wrapper's names in a multimodal model.
     pub fn embedding_path(&self) -> String {
         let path = self.names.embedding.trim_end_matches(".weight");
         match (self.names.layers.strip_suffix("language_model.layers"), path.strip_prefix("model.")) {
@@ -267,7 +267,7 @@ impl Facts {
         }
     }
 
-    /// The heads of the first layer. Other layers differ only in their windows.
+    /// Returns the heads of the first layer. Other layers differ only in their windows.
     pub fn heads(&self) -> &Heads {
         &self.layers[0].attention.heads
     }
@@ -290,7 +290,7 @@ impl Facts {
         list
     }
 
-    /// Number of parameters of the base model. A tied head counts once.
+    /// Returns the number of parameters of the base model. A tied head counts once.
     pub fn parameters(&self) -> usize {
         self.tensors().iter().map(|tensor| tensor.shape.iter().product::<usize>()).sum()
     }
@@ -334,7 +334,7 @@ impl LayerFacts {
 }
 
 impl Attention {
-    /// Widths of the weights of the query norm and the key norm.
+    /// Returns widths of the weights of the query norm and the key norm.
     pub fn head_norm_widths(&self, norm: &HeadNorm) -> (usize, usize) {
         let heads = &self.heads;
         match norm.over {
@@ -352,14 +352,14 @@ impl FeedForward {
         }
     }
 
-    /// The activation's function.
+    /// Returns the activation's function.
     pub fn activation(&self) -> crate::facts::Function {
         match self {
             FeedForward::Dense(dense) => dense.activation.function,
         }
     }
 
-    /// Columns between the activation and the down projection (F).
+    /// Returns the number of columns between the activation and the down projection (F).
     pub fn width(&self) -> usize {
         match self {
             FeedForward::Dense(dense) => dense.down.cols,

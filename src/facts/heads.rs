@@ -31,18 +31,18 @@ pub enum Layout {
 }
 
 impl Heads {
-    /// Heads with the usual scale, 1 / sqrt(width), that see all rows before them.
+    /// Returns heads with the usual scale, 1 / sqrt(width), that see all rows before them.
     pub fn plain(query: usize, key: usize, width: usize) -> Heads {
         let scale = (width as f64).sqrt().recip();
         Heads { query, key, width, scale, window: None, softcap: None, layout: Layout::Blocked }
     }
 
-    /// Columns of qkv: (H + 2K) * D.
+    /// Returns the number of columns of qkv: (H + 2K) * D.
     pub fn columns(&self) -> usize {
         (self.query + 2 * self.key) * self.width
     }
 
-    /// Query heads per key head (G).
+    /// Returns the number of query heads per key head (G).
     pub fn group(&self) -> usize {
         self.query / self.key
     }
@@ -55,7 +55,7 @@ impl Heads {
         }
     }
 
-    /// First column of a query head. The query heads of one key head lie side by side.
+    /// Returns the first column of a query head. The query heads of one key head lie side by side.
     pub fn query_at(&self, head: usize) -> usize {
         let before = match self.layout {
             Layout::Blocked => 0,
@@ -64,7 +64,7 @@ impl Heads {
         (before + head) * self.width
     }
 
-    /// First column of a key head.
+    /// Returns the first column of a key head.
     pub fn key_at(&self, key_head: usize) -> usize {
         match self.layout {
             Layout::Blocked => (self.query + key_head) * self.width,
@@ -72,7 +72,7 @@ impl Heads {
         }
     }
 
-    /// First column of a value head.
+    /// Returns the first column of a value head.
     pub fn value_at(&self, key_head: usize) -> usize {
         match self.layout {
             Layout::Blocked => (self.query + self.key + key_head) * self.width,
@@ -80,7 +80,7 @@ impl Heads {
         }
     }
 
-    /// The keys that at least one of `rows` attends to.
+    /// Returns the keys that at least one of `rows` attends to.
     pub fn keys(&self, rows: &Range<usize>) -> Range<usize> {
         let from = self.window.map_or(0, |window| (rows.start + 1).saturating_sub(window));
         from..rows.end

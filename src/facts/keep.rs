@@ -22,7 +22,7 @@ impl Keep {
     pub const ALL: [Keep; 5] =
         [Keep::Everything, Keep::WithoutGateUp, Keep::AttentionOutput, Keep::LayerInputs, Keep::HostInputs];
 
-    /// The name that the key `keep` and printed tables use.
+    /// Returns the name that the key `keep` and printed tables use.
     pub fn name(self) -> &'static str {
         match self {
             Keep::Everything => "everything",

@@ -18,7 +18,7 @@ pub struct LoraOptions {
     pub dora: bool,
     /// `target_modules`: the linear layers that get a pair.
     pub targets: Targets,
-    /// How names of split projections are understood if the model has a fused one.
+    /// The meaning of names of split projections if the model has a fused one.
     pub matching: Matching,
     /// `exclude_modules`: linear layers that never get a pair.
     pub exclude: Modules,
@@ -39,7 +39,7 @@ pub struct LoraOptions {
 }
 
 impl Default for LoraOptions {
-    /// KAITO's defaults, on all linear layers.
+    /// Returns KAITO's defaults, on all linear layers.
     fn default() -> LoraOptions {
         LoraOptions {
             r: 8,
@@ -70,7 +70,7 @@ pub struct Tokens {
     pub head: Vec<u32>,
 }
 
-/// How a pair is initialised. The product of B and A is always zero.
+/// The initialisation of a pair. The product of B and A is always zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LoraInit {
     /// `true`: A is Kaiming-uniform, B zero.

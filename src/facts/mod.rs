@@ -1,4 +1,4 @@
-//! config.json -> what a model is, in plain values: no tensor, no device, no weight.
+//! config.json -> the facts of a model, in plain values: no tensor, no device, no weight.
 //!
 //! `family` reads a configuration into [`Facts`]. Modules that need only a model's shape (the memory plan, `hone
 //! model`, the controller) use nothing below this module.

@@ -1,9 +1,9 @@
 //! The arithmetic of matrix products.
 
-/// How exact matrix products are. Sums are always f32.
+/// The precision of matrix products. Sums are always f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Precision {
-    /// As exact as f32: each product is right to 2^-23 or better, whatever hardware unit computes it.
+    /// As exact as f32: each product is right to 2^-23 or better, on every hardware unit.
     F32,
     /// Both operands are first rounded to bf16 (nearest even).
     Bf16,
@@ -13,7 +13,7 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// The name in plans, reports and options of commands.
+    /// Returns the name in plans, reports and options of commands.
     pub fn name(self) -> &'static str {
         match self {
             Precision::F32 => "f32",
@@ -22,14 +22,14 @@ impl Precision {
         }
     }
 
-    /// The precision of a name.
+    /// Returns the precision of a name.
     pub fn named(name: &str) -> Option<Precision> {
         [Precision::F32, Precision::Bf16, Precision::Fp8]
             .into_iter()
             .find(|precision| precision.name() == name)
     }
 
-    /// The precision of all products but those with the frozen linear layers.
+    /// Returns the precision of all products but those with the frozen linear layers.
     pub fn beside(self) -> Precision {
         match self {
             Precision::F32 => Precision::F32,

@@ -1,10 +1,10 @@
-//! KAITO's preset names -> what is known of each: hub id and revision, family, artifact, targets, template,
+//! KAITO's preset names -> the facts that are known of each: hub id and revision, family, artifact, targets, template,
 //! context.
 //!
 //! `presets.json` is the catalogue with one entry a line; a new preset is a new line. Sources: KAITO at v0.12
-//! (`LegacyBuiltinToCatalog`, the tuning parameters) and its `supported_models.yaml` at commit 0567d7f, which names
-//! the revisions. Facts that neither source states are left out. `context`, `chat_template` and `gated` come from
-//! the models' own pages; they are only displayed.
+//! (`LegacyBuiltinToCatalog`, the tuning parameters) and its `supported_models.yaml` at commit 0567d7f, which names the
+//! revisions. Facts that neither source states are left out. `context`, `chat_template` and `gated` come from the
+//! models' pages; they are only displayed.
 
 use std::sync::LazyLock;
 
@@ -68,7 +68,7 @@ pub enum Targets {
 static CATALOGUE: LazyLock<Vec<Preset>> =
     LazyLock::new(|| serde_json::from_str(include_str!("presets.json")).expect("a test reads it"));
 
-/// All presets, in the catalogue's order.
+/// Returns all presets, in the catalogue's order.
 pub fn all() -> &'static [Preset] {
     &CATALOGUE
 }
@@ -99,14 +99,14 @@ fn nearest(wanted: &str) -> Option<&'static str> {
 }
 
 impl Preset {
-    /// All names of the preset in lower case.
+    /// Returns all names of the preset in lower case.
     fn names(&self) -> impl Iterator<Item = String> {
         let last = self.hub.rsplit('/').next().unwrap_or(&self.hub);
         let names = [self.name.as_str(), self.hub.as_str(), last];
         names.into_iter().chain(self.aliases.iter().map(String::as_str)).map(str::to_lowercase)
     }
 
-    /// (name, value) lines for people.
+    /// Returns (name, value) lines for people.
     pub fn rows(&self) -> Vec<(&'static str, String)> {
         let mut rows = vec![("preset", self.name.clone())];
         if !self.aliases.is_empty() {

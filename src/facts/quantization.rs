@@ -1,4 +1,4 @@
-//! How the base's linear layers are stored: as the user chose, or as the checkpoint was quantised already.
+//! The storage of the base's linear layers: the user's choice, or the form of a checkpoint that was quantised already.
 
 use crate::fault::{Fault, Result};
 
@@ -39,7 +39,7 @@ pub enum Code {
 }
 
 impl Code {
-    /// The name in bitsandbytes' configuration.
+    /// Returns the name in bitsandbytes' configuration.
     pub fn name(self) -> &'static str {
         match self {
             Code::Nf4 => "nf4",

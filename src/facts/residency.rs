@@ -1,4 +1,4 @@
-//! `Residency`: where the frozen 4-bit weights of the layers lie while a model trains.
+//! `Residency`: the place of the frozen 4-bit weights of the layers while a model trains.
 
 /// The place of the layers' 4-bit weights. Results have the same bits in every case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,7 +15,7 @@ impl Residency {
     /// All kinds, from the fastest to the slowest.
     pub const ALL: [Residency; 3] = [Residency::Resident, Residency::Shared, Residency::Streamed];
 
-    /// The name that the key `residency` and printed tables use.
+    /// Returns the name that the key `residency` and printed tables use.
     pub fn name(self) -> &'static str {
         match self {
             Residency::Resident => "resident",

@@ -8,18 +8,18 @@ use crate::fault::Result;
 
 use super::config::Config;
 
-/// How the pairs of a head rotate with the position.
+/// The rotation of the pairs of a head with the position.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
     /// `rope_theta`: the base of the frequencies.
     pub theta: f32,
     /// Elements of a head that are rotated (even); the others pass unchanged.
     pub rotary: usize,
-    /// How the frequencies are changed for long sequences.
+    /// The change of the frequencies for long sequences.
     pub scaling: Scaling,
 }
 
-/// How a family's config names scalings, and its defaults.
+/// The names of scalings in a family's config, and its defaults.
 pub struct Dialect {
     /// Other names for longrope in this family.
     pub longrope: &'static [&'static str],
@@ -41,7 +41,7 @@ impl Dialect {
 const FULL: &str = "full_attention";
 const SLIDING: &str = "sliding_attention";
 
-/// How frequencies change so that a model reaches longer sequences than it was pre-trained on.
+/// The change of frequencies by which a model reaches longer sequences than it was pre-trained on.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Scaling {
     /// No change.
@@ -176,7 +176,7 @@ impl Rope {
         }
     }
 
-    /// Factor on cos and sin.
+    /// Returns the factor on cos and sin.
     pub fn attention_factor(&self) -> f32 {
         match self.scaling {
             Scaling::Long { attention, .. } | Scaling::Yarn { attention, .. } => attention,

@@ -30,25 +30,25 @@ pub struct Site {
 }
 
 impl Site {
-    /// Parameters of A [r, K], B [N, r] and the magnitudes `[N]` together.
+    /// Returns the number of parameters of A [r, K], B [N, r] and the magnitudes `[N]` together.
     pub fn parameters(&self) -> usize {
         let magnitudes = if self.dora { self.projection.rows } else { 0 };
         self.rank * (self.projection.rows + self.projection.cols) + magnitudes
     }
 
-    /// The places of A's and B's values in the flat buffer.
+    /// Returns the places of A's and B's values in the flat buffer.
     pub fn matrices(&self) -> [Range<usize>; 2] {
         let middle = self.offset + self.rank * self.projection.cols;
         [self.offset..middle, middle..middle + self.rank * self.projection.rows]
     }
 
-    /// The place of DoRA's magnitudes in the flat buffer.
+    /// Returns the place of DoRA's magnitudes in the flat buffer.
     pub fn magnitudes(&self) -> Option<Range<usize>> {
         let [_, b] = self.matrices();
         self.dora.then(|| b.end..b.end + self.projection.rows)
     }
 
-    /// The place of each trained tensor in the flat buffer.
+    /// Returns the place of each trained tensor in the flat buffer.
     pub fn tensors(&self) -> impl Iterator<Item = Range<usize>> {
         self.matrices().into_iter().chain(self.magnitudes())
     }
@@ -79,14 +79,14 @@ pub struct TokenRows {
 }
 
 impl TokenRows {
-    /// The place of the values in the flat buffer.
+    /// Returns the place of the values in the flat buffer.
     pub fn values(&self) -> Range<usize> {
         self.offset..self.offset + self.ids.len() * self.width
     }
 }
 
-/// The lowest layer that the backward pass reaches: the lowest adapted one, or the first if rows of the embedding are
-/// trained. `layers` if it reaches none.
+/// Returns the lowest layer that the backward pass reaches: the lowest adapted one, or the first if rows of the
+/// embedding are trained. `layers` if it reaches none.
 pub fn lowest(sites: &[Site], tokens: &[TokenRows], layers: usize) -> usize {
     match tokens.iter().any(|rows| rows.table == Table::Embedding) {
         true => 0,
@@ -119,7 +119,7 @@ impl Sites {
         unmatched.chain(idle).collect()
     }
 
-    /// Parameters of all pairs and of all trained rows of tokens.
+    /// Returns the number of parameters of all pairs and of all trained rows of tokens.
     pub fn parameters(&self) -> usize {
         let rows = self.tokens.iter().map(|rows| rows.values().len()).sum::<usize>();
         self.list.iter().map(Site::parameters).sum::<usize>() + rows
@@ -158,14 +158,14 @@ pub fn sites(facts: &Facts, options: &LoraOptions) -> Result<Sites> {
     Ok(Sites { list, tokens, renamed: matcher.renamed, unmatched, idle })
 }
 
-/// Layers that are to be adapted and have no adapted linear layer: most are beyond the model's last layer.
+/// Returns layers that are to be adapted and have no adapted linear layer: most are beyond the model's last layer.
 fn idle_layers(sites: &[Site], options: &LoraOptions) -> Vec<String> {
     let is_idle = |layer: &&usize| !sites.iter().any(|site| site.layer == **layer);
     let idle = options.layers.iter().filter(is_idle);
     idle.map(|layer| format!("LoraConfig.layers_to_transform: {layer}")).collect()
 }
 
-/// The trained rows of tokens, at the beginning of the flat buffer.
+/// Returns the trained rows of tokens, at the beginning of the flat buffer.
 fn token_rows(facts: &Facts, tokens: &Tokens) -> Result<Vec<TokenRows>> {
     if facts.tied_head && !tokens.head.is_empty() && tokens.head != tokens.embedding {
         return Err(Fault::config(
@@ -300,7 +300,7 @@ impl<'a> Matcher<'a> {
         Ok(false)
     }
 
-    /// Names that match no linear layer. Most are misspelt, and PEFT ignores them without a message.
+    /// Returns names that match no linear layer. Most are misspelt, and PEFT ignores them without a message.
     fn unmatched(&self, facts: &Facts) -> Result<Vec<String>> {
         let paths: Vec<String> =
             facts.projections().map(|(layer, projection)| facts.path(layer, projection)).collect();
@@ -363,7 +363,7 @@ fn regex(key: &str, pattern: &str) -> Result<Regex> {
         .map_err(|error| Fault::config(format!("LoraConfig.{key}: not a regular expression: {error}")))
 }
 
-/// The fault for an expression that the engine gave up on: look-around may otherwise take unlimited time.
+/// Returns the fault for an expression that the engine gave up on: look-around may otherwise take unlimited time.
 fn too_hard(pattern: &Regex, error: &fancy_regex::Error) -> Fault {
     Fault::config(format!("LoraConfig: the regular expression {} cannot be used: {error}", pattern.as_str()))
 }
@@ -389,7 +389,7 @@ impl<'a, T: Copy> Patterns<'a, T> {
         Ok(None)
     }
 
-    /// The entries that match no site.
+    /// Returns the entries that match no site.
     fn idle(&self, key: &str, sites: &[Site]) -> Result<Vec<String>> {
         let mut idle = Vec::new();
         for (pattern, (text, _)) in self.compiled.iter().zip(self.entries) {

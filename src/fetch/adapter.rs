@@ -1,9 +1,9 @@
 //! An adapter's source (a folder, an image, a repository of the hub) -> its PEFT folder on this machine.
 //!
-//! The cache keeps each fetched adapter under its content's name: an image's manifest digest or a commit. Each
-//! start asks what a tag or branch names now, verifies the files it holds against their digests, and fetches only
-//! what is missing or damaged. If the registry or the hub cannot be reached, the copy of the last start is used,
-//! and a warning says so.
+//! The cache keeps each fetched adapter under its content's name: an image's manifest digest or a commit. Each start
+//! resolves the tag or branch again, verifies the files it holds against their digests, and fetches only what is
+//! missing or damaged. If the registry or the hub cannot be reached, the copy of the last start is used, and a warning
+//! says so.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -24,7 +24,7 @@ use crate::report::{Report, Stage};
 use crate::source;
 use crate::{plain, whole, words};
 
-/// LIMIT: tries to ask for a revision if a copy of an earlier start is there.
+/// LIMIT: attempts to resolve a revision if a copy of an earlier start is there.
 const ATTEMPTS_WITH_COPY: u32 = 2;
 const RECORD: &str = ".hone-adapter.json";
 /// The place of an image's files in its folder of the cache.
@@ -62,7 +62,7 @@ pub struct Brought {
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Record {
-    /// As it was asked for.
+    /// The address as the user wrote it.
     address: String,
     /// The manifest's digest, or the commit.
     revision: String,
@@ -112,7 +112,7 @@ impl Adapter {
         matches!(self, Adapter::Hub { .. } | Adapter::Image(Target::Registry(_)))
     }
 
-    /// The revision, if the address names one that cannot move.
+    /// Returns the revision, if the address names one that cannot move.
     fn pinned(&self) -> Option<String> {
         match self {
             Adapter::Image(Target::Registry(reference)) => {
@@ -123,7 +123,7 @@ impl Adapter {
         }
     }
 
-    /// The folder of the cache for a revision of it.
+    /// Returns the folder of the cache for a revision of it.
     fn home(&self, cache: &Path, revision: &str) -> PathBuf {
         let name = match self {
             Adapter::Folder(folder) => folder.display().to_string(),
@@ -158,7 +158,7 @@ fn of_hub(text: &str) -> Result<Adapter> {
     }
 }
 
-/// Brings an adapter.
+/// Fetches an adapter.
 ///
 /// # Errors
 /// Config: no such folder, image or repository. Auth: no right to it. Model: it holds no adapter. Network: it cannot be
@@ -213,7 +213,7 @@ pub fn bring(source: &Adapter, access: Access, report: &Report) -> Result<Brough
     brought(source, &home, &record)
 }
 
-/// The commit or digest that a tag or a branch names now, and an image's annotations.
+/// Returns the commit or digest that a tag or a branch names now, and an image's annotations.
 fn resolve(source: &Adapter, access: Access, report: &Report) -> Result<(String, BTreeMap<String, String>)> {
     match source {
         Adapter::Image(target) => registry::look(target, access.registry, report),
@@ -263,7 +263,7 @@ fn of_repository(
     Ok(folder.path.clone())
 }
 
-/// The files of an earlier start, if each still has its digest; a damaged one is reported.
+/// Returns the files of an earlier start, if each still has its digest; a damaged one is reported.
 fn kept(source: &Adapter, home: &Path, report: &Report) -> Result<Option<Brought>> {
     let Some(record) = read(home) else { return Ok(None) };
     let data = data_folder(source, home);
@@ -279,7 +279,7 @@ fn kept(source: &Adapter, home: &Path, report: &Report) -> Result<Option<Brought
     brought(source, home, &record).map(Some)
 }
 
-/// The newest copy of this address.
+/// Returns the newest copy of this address.
 fn last(source: &Adapter, cache: &Path, report: &Report) -> Result<Option<(PathBuf, Brought)>> {
     let address = source.to_string();
     let mut homes = Vec::new();
@@ -321,7 +321,8 @@ fn brought(source: &Adapter, home: &Path, record: &Record) -> Result<Brought> {
     Ok(Brought { folder, digest, bases })
 }
 
-/// `sha256:` of the two files; of those that are there, since the loader tells better what is missing.
+/// Returns `sha256:` and the digest of the two files. A missing file is left out here, since the loader reports it
+/// better.
 fn content(folder: &Path) -> Result<String> {
     let files = [folder.join(CONFIG_FILE), folder.join(WEIGHTS_FILE)];
     let files: Vec<&Path> = files.iter().map(PathBuf::as_path).filter(|file| file.is_file()).collect();
@@ -341,7 +342,7 @@ fn digests(data: &Path) -> Result<BTreeMap<String, String>> {
     Ok(all)
 }
 
-/// In hex, of files one after the other.
+/// Returns the digest, in hex, of files one after the other.
 fn hash(files: &[&Path]) -> Result<String> {
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 1 << 20];

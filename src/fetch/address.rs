@@ -76,7 +76,7 @@ impl Model {
         }
     }
 
-    /// The folder of the model, which may not exist yet: `CACHE/models/NAME-KEY`. KEY is a digest of the whole
+    /// Returns the folder of the model, which may not exist yet: `CACHE/models/NAME-KEY`. KEY is a digest of the whole
     /// address.
     ///
     /// # Errors
@@ -94,7 +94,7 @@ impl Model {
         Ok(cache.join("models").join(format!("{name}-{}", key(&address))))
     }
 
-    /// The name of the base in an adapter's card.
+    /// Returns the name of the base in an adapter's card.
     pub fn name(&self) -> String {
         match self {
             Model::Folder(folder) => {
@@ -135,7 +135,7 @@ pub enum Pin {
 }
 
 impl Data {
-    /// OWNER/NAME of a dataset of the hub.
+    /// Returns the OWNER/NAME of a dataset of the hub.
     pub fn hub_dataset(&self) -> Option<String> {
         match self {
             Data::Hub(data) => Some(data.repository.clone()),
@@ -143,7 +143,7 @@ impl Data {
         }
     }
 
-    /// A short name for metrics: the file's name without its endings, the dataset's, or the image's.
+    /// Returns a short name for metrics: the file's name without its endings, the dataset's, or the image's.
     pub fn short_name(&self) -> String {
         let text = match self {
             Data::Source(source) => source.name(),
@@ -158,7 +158,7 @@ impl Data {
         if name.is_empty() { "data".into() } else { name }
     }
 
-    /// The digest that pins the bytes behind this address.
+    /// Returns the digest that pins the bytes behind this address.
     pub fn pin(&self) -> Pin {
         match self {
             Data::Source(Source::Url { sha256: Some(_), .. } | Source::Path { sha256: Some(_), .. })
@@ -186,7 +186,7 @@ impl Data {
     }
 }
 
-/// The folder of an image's data, by the digest of its manifest.
+/// Returns the folder of an image's data, by the digest of its manifest.
 pub(super) fn images(cache: &Path, reference: &str, digest: &str) -> PathBuf {
     cache.join("images").join(format!("{}-{}", readable(reference), key(digest)))
 }
@@ -204,7 +204,7 @@ fn hub(repository: &str, revision: &str) -> Result<Model> {
     Ok(Model::Hub { repository: repository.into(), revision: revision.into() })
 }
 
-/// A folder of an object store, or `None` if the text is no address of one.
+/// Returns a folder of an object store, or `None` if the text is no address of one.
 fn object_store(text: &str) -> Result<Option<url::Url>> {
     let known = url::Url::parse(text).is_ok_and(|url| source::is_object_store(&url));
     if !known {
@@ -223,7 +223,7 @@ fn object_store(text: &str) -> Result<Option<url::Url>> {
     Ok(Some(url))
 }
 
-/// The preset's own artifact, else its repository on the hub.
+/// Returns the preset's own artifact, else its repository on the hub.
 fn preset(name: &str) -> Result<Model> {
     let preset = presets::find(name)?;
     match &preset.artifact {
@@ -240,7 +240,7 @@ fn image(text: &str) -> Result<String> {
     }
 }
 
-/// The last part of a repository's path.
+/// Returns the last part of a repository's path.
 pub(super) fn readable(reference: &str) -> &str {
     let last = reference.rsplit('/').next().unwrap_or(reference);
     last.split([':', '@']).next().unwrap_or(last)

@@ -169,7 +169,7 @@ fn list(data: &HubData, revision: &str, access: Access, report: &Report) -> Resu
     }
 }
 
-/// The files `CONFIG/SPLIT/0000.parquet` of the wanted configuration and split; `None` if the conversion is not
+/// Returns the files `CONFIG/SPLIT/0000.parquet` of the wanted configuration and split; `None` if the conversion is not
 /// whole.
 fn converted(data: &HubData, listing: &Listing) -> Result<Option<Vec<Sibling>>> {
     let parts = |file: &Sibling| -> Option<(String, String)> {
@@ -194,7 +194,7 @@ fn converted(data: &HubData, listing: &Listing) -> Result<Option<Vec<Sibling>>> 
     Ok((!files.is_empty()).then_some(files))
 }
 
-/// The name asked for, else the only one, else the usual one.
+/// Returns the name asked for, else the only one, else the usual one.
 fn chosen(
     data: &HubData,
     what: &str,
@@ -215,7 +215,7 @@ fn chosen(
     }
 }
 
-/// The repository's own files that the path names; without a path, those of the wanted split.
+/// Returns the repository's own files that the path names; without a path, those of the wanted split.
 fn own_files(data: &HubData, listing: &Listing, access: Access, report: &Report) -> Result<Vec<Sibling>> {
     let mut files = listing.siblings.clone();
     files.sort_by(|a, b| a.rfilename.cmp(&b.rfilename));

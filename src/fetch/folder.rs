@@ -104,7 +104,7 @@ impl Folder {
         }
     }
 
-    /// The folder's record, if it has one.
+    /// Returns the folder's record, if it has one.
     pub fn record(&self) -> Result<Option<Record>> {
         read(&self.path)
     }

@@ -122,7 +122,7 @@ pub fn keep(file: &Path, name: &str, folder: &Folder) -> Result<()> {
     whole::write(&folder.path.join(name), &text)
 }
 
-/// `{endpoint}/{before}/{repository}/{after}`, with each part of the path escaped.
+/// Returns `{endpoint}/{before}/{repository}/{after}`, with each part of the path escaped.
 pub fn at(hub: &Hub, before: &[&str], repository: &str, after: &[&str]) -> Url {
     let mut url = hub.endpoint.clone();
     url.path_segments_mut()
@@ -134,7 +134,7 @@ pub fn at(hub: &Hub, before: &[&str], repository: &str, after: &[&str]) -> Url {
     url
 }
 
-/// The commit of a listing, and the files of these names in it.
+/// Returns the commit of a listing, and the files of these names in it.
 pub fn adapter_files(text: &[u8], address: &str, names: &[&str]) -> Result<(String, Vec<Item>)> {
     let Listing { sha, siblings } = listing(text, address)?;
     let mut items = Vec::new();

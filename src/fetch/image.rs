@@ -86,7 +86,7 @@ pub fn data(image: &str, access: Access, report: &Report) -> Result<Source> {
     Ok(Source::Path { pattern: pattern.to_owned(), sha256: None })
 }
 
-/// Removes what killed pulls left. A failure to do so only costs space.
+/// Removes folders that killed pulls left. A failure to do so only costs space.
 fn remove_stages(home: &Path) {
     let entries = fs::read_dir(home).into_iter().flatten().flatten();
     for entry in
@@ -96,7 +96,7 @@ fn remove_stages(home: &Path) {
     }
 }
 
-/// A layer's title as a path that cannot leave the folder.
+/// Returns a layer's title as a path that cannot leave the folder.
 fn inside(title: &str, image: &str) -> Result<PathBuf> {
     let path: PathBuf =
         Path::new(title).components().filter(|component| *component != Component::CurDir).collect();
@@ -111,14 +111,14 @@ fn inside(title: &str, image: &str) -> Result<PathBuf> {
     }
 }
 
-/// The folder with a config.json that is nearest to the top.
+/// Returns the folder with a config.json that is nearest to the top.
 fn folder_of(titled: &[(PathBuf, &Part)]) -> Option<PathBuf> {
     let configs = titled.iter().filter(|(path, _)| path.file_name().is_some_and(|name| name == CONFIG));
     let folders = configs.map(|(path, _)| path.parent().unwrap_or(Path::new("")).to_owned());
     folders.min_by_key(|folder| (folder.components().count(), folder.clone()))
 }
 
-/// The model's files directly in a folder of the artifact, small ones first.
+/// Returns the model's files directly in a folder of the artifact, small ones first.
 fn files(titled: &[(PathBuf, &Part)], folder: &Path, image: &str) -> Result<Vec<Item>> {
     let here = titled.iter().filter(|(path, _)| path.parent() == Some(folder));
     // Of layers with the same name the last one counts, as if they were written one after the other.
@@ -134,7 +134,7 @@ fn files(titled: &[(PathBuf, &Part)], folder: &Path, image: &str) -> Result<Vec<
     Ok(items)
 }
 
-/// The archives of an artifact (oras makes one of a folder), or all layers of an image.
+/// Returns the archives of an artifact (oras makes one of a folder), or all layers of an image.
 fn archives(parts: &[Part], image: &str) -> Result<Vec<Item>> {
     let marked: Vec<&Part> = parts.iter().filter(|part| part.unpack).collect();
     let plain = || parts.iter().filter(|part| part.title.is_none()).collect();
@@ -189,7 +189,7 @@ fn unpack(image: &str, archives: &[&Path], folder: &Folder, report: &Report) -> 
         .map_err(|error| Fault::storage("remove an archive in", &folder.path, &error))
 }
 
-/// The folder with a model that is nearest to the top; among equals the first by name.
+/// Returns the folder with a model that is nearest to the top; among equals the first by name.
 fn model_in(folder: &Path) -> Result<Option<PathBuf>> {
     let mut level = vec![folder.to_owned()];
     for _ in 0..DEPTH_MAX {

@@ -1,8 +1,8 @@
 //! Addresses of base models and data that are not local files -> folders of the cache that are filled once.
 //!
 //! `address` parses the user's text. `hub`, `datasets`, `objects` and `image` list the files and download them.
-//! `folder` keeps them for the next start and for other processes. `adapter` brings adapters. `names` says which files
-//! make a model.
+//! `folder` keeps them for the next start and for other processes. `adapter` fetches adapters. `names` lists the files
+//! that make a model.
 //!
 //! A whole folder is used without asking the network, so a restarted job trains from the files it began with even
 //! if a branch or a tag has moved. An image with data is looked up by its tag at each start.
@@ -28,7 +28,7 @@ use crate::source;
 use folder::{Folder, Item, Record};
 use names::Role;
 
-/// How to reach sources and registries. `plan` fills it.
+/// Options of connections to sources and registries. `plan` fills them.
 #[derive(Clone, Copy)]
 pub struct Access<'a> {
     /// Settings of downloads by HTTP.
@@ -58,7 +58,7 @@ pub fn weights(model: &Model, access: Access, report: &Report) -> Result<PathBuf
     bring(model, Role::Weights, access, report).map_err(of_model)
 }
 
-/// The revision of a fetched folder: the hub's commit, the manifest's digest, or a digest of an object store's
+/// Returns the revision of a fetched folder: the hub's commit, the manifest's digest, or a digest of an object store's
 /// listing. `None` for a folder of the user's own.
 pub fn revision(folder: &Path) -> Result<Option<String>> {
     Ok(folder::read(folder)?.map(|record| record.revision))

@@ -1,13 +1,13 @@
-//! File names -> which files make a model, and whether they describe it or are its weights.
+//! File names -> the files that make a model, and whether they describe it or are its weights.
 
 use crate::fault::{Fault, Result};
 
 /// The use of a file.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Role {
-    /// It describes the model: kilobytes to a few megabytes, read before anything else.
+    /// The file describes the model: kilobytes to a few megabytes, read before anything else.
     Text,
-    /// It holds weights.
+    /// The file holds weights.
     Weights,
 }
 
@@ -23,7 +23,7 @@ const TEXTS: [&str; 6] = [
     "chat_template.jinja",
 ];
 
-/// The role of a file directly in a model's folder. `None`: the file is not downloaded. This applies to other
+/// Returns the role of a file directly in a model's folder. `None`: the file is not downloaded. This applies to other
 /// formats of the weights (`*.bin`, `*.gguf`, `original/`, `onnx/`), code, pictures, and vocabularies that
 /// tokenizer.json contains already.
 pub fn role(name: &str) -> Option<Role> {
@@ -60,9 +60,9 @@ pub fn is_taken(name: &str) -> bool {
     role(name).is_some()
 }
 
-/// Says for each file whether it is kept. Weights that the folder has twice are left out: if there is
-/// `model.safetensors`, all others; if there are shards `model-*`, for instance Mistral's
-/// `consolidated.safetensors`.
+/// Returns for each file whether it is kept. If a folder has its weights twice, one form is left out: all other weights
+/// if there is `model.safetensors`, and for instance Mistral's `consolidated.safetensors` if there are shards
+/// `model-*`.
 pub fn without_doubles(names: &[String]) -> Vec<bool> {
     let whole = names.iter().any(|name| name == WHOLE);
     let shards = names.iter().any(|name| name.starts_with("model-") && name.ends_with(".safetensors"));

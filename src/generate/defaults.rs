@@ -1,5 +1,5 @@
-//! generation_config.json, config.json and the chat template -> how a model generates unless told otherwise, and
-//! what ends it.
+//! generation_config.json, config.json and the chat template -> a model's defaults of generation, and the tokens that
+//! end an answer.
 
 use std::path::Path;
 
@@ -10,10 +10,10 @@ use crate::dataset::{Chat, Tokenizer};
 use crate::fault::{Fault, Kind, Result};
 use crate::plain;
 
-/// How a model generates where a request says nothing.
+/// The settings of generation for requests that do not set them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Defaults {
-    /// As generation_config.json says; temperature 1 and no filter where it says nothing.
+    /// The values of generation_config.json; without them temperature 1 and no filter.
     pub sampling: Sampling,
     /// `max_new_tokens`; without it an answer may fill the context.
     pub max_tokens: Option<usize>,
@@ -71,7 +71,7 @@ fn sampling(generation: &Value) -> Result<Sampling> {
     })
 }
 
-/// `Null` where there is no such file.
+/// Reads a JSON file of the folder; `Null` if there is no such file.
 fn json(folder: &Path, name: &str) -> Result<Value> {
     let file = folder.join(name);
     match plain::small(&file) {

@@ -2,11 +2,11 @@
 //! sequences.
 //!
 //! A step takes one new row of every sequence that generates, and prompts chunk by chunk. Sequences join and leave
-//! between steps. A sequence reserves pages for its prompt and all it may generate before it starts, so that one
-//! that started is never put back. Chunks of a prompt end at multiples of `CHUNK` whatever else runs: together with
-//! the promise of `Decoder::step`, a sequence's tokens are the same, bit for bit, whatever its neighbours are.
+//! between steps. A sequence reserves pages for its prompt and all it may generate before it starts, so that a sequence
+//! that started never has to wait again. Chunks of a prompt end at multiples of `CHUNK`, independent of other
+//! sequences. Together with the promise of `Decoder::step`, a sequence's bits do not depend on its neighbours.
 //! Therefore a prompt may also take whole chunks at its beginning from the cache, if another prompt with the same
-//! adapters began so.
+//! adapters has the same beginning.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -53,11 +53,11 @@ pub struct Options {
     pub sequences: usize,
     /// Most requests that wait; further ones are refused.
     pub waiting: usize,
-    /// Most tokens of prompt and answer together; `None`: what the model was made for.
+    /// Most tokens of prompt and answer together. `None`: the length that the model was made for.
     pub context: Option<usize>,
     /// Tokens whose keys and values fit, over all sequences.
     pub cache_tokens: usize,
-    /// How keys and values are kept; f32 stands for the type that the model computes in.
+    /// The type of keys and values in the cache; f32 stands for the type that the model computes in.
     pub cache: CacheType,
 }
 
@@ -116,7 +116,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Answers everything that waits with the failure, and whatever comes.
+    /// Answers all waiting and all later requests with the failure.
     fn fail(&self, fault: Fault) {
         let mut state = self.lock();
         for waiting in state.waiting.drain(..) {
@@ -172,7 +172,7 @@ impl Engine {
         Ok(Engine { facts, decoder, shared, worker: Some(thread) })
     }
 
-    /// The adapters that a request names, in the order in which they were loaded.
+    /// Returns the adapters that a request names, in the order in which they were loaded.
     fn mix(&self, state: &State, request: &Request) -> std::result::Result<Vec<Added>, Refusal> {
         let mut mix = Vec::new();
         for part in &request.adapters {
@@ -192,7 +192,7 @@ fn shares(decoder: &Decoder) -> bool {
     !decoder.facts.ropes.iter().any(|rope| of_length(&rope.scaling))
 }
 
-/// Keys of the prompt's whole chunks but the one that holds its last token, whose row must be computed.
+/// Returns the keys of the prompt's whole chunks, except the chunk with its last token, whose row must be computed.
 fn keys(prompt: &[u32], mix: &[Added]) -> Vec<Key> {
     let mut before = Sha256::new();
     for added in mix {
@@ -210,8 +210,8 @@ fn keys(prompt: &[u32], mix: &[Added]) -> Vec<Key> {
     chunks.map(next).collect()
 }
 
-/// The length beyond which longrope uses its other factors: a sequence that grows past it computes its keys again, as
-/// transformers does for Phi-3.
+/// Returns the length beyond which longrope uses its other factors: a sequence that grows past it computes its keys
+/// again, as transformers does for Phi-3.
 fn switch(decoder: &Decoder) -> Option<usize> {
     decoder.facts.ropes.iter().find_map(|rope| match &rope.scaling {
         Scaling::Long { positions, .. } => Some(*positions),
@@ -332,31 +332,31 @@ struct Sequence {
     mix: Vec<Added>,
     sender: Sender,
     held: Held,
-    /// Of the prompt's chunks that are shared once they are computed.
+    /// Keys of the prompt's chunks, which are shared once they are computed.
     keys: Vec<Key>,
-    /// The prompt and what was generated.
+    /// The tokens of the prompt and of the answer so far.
     tokens: Vec<u32>,
     /// Tokens whose keys and values are in the cache.
     computed: usize,
-    /// The length by which rope scales the rows of the prompt, or of what is computed again.
+    /// The length by which rope scales the rows of the prompt, or of the rows that are computed again.
     rope_length: usize,
     history: History,
     /// Tokens of the prompt whose log-probabilities were sent; the first has none.
     scored: usize,
 }
 
-/// The part of a step's logits that was brought to the host.
+/// The part of a step's logits that was copied to the host.
 struct Logits {
     /// Rows that were, ascending, one behind the other in `values`.
     wanted: Vec<u32>,
     values: Vec<f32>,
     vocabulary: usize,
-    /// The token that the device drew for each row, unless all rows were brought.
+    /// The token that the device drew for each row, unless all rows were copied.
     tokens: Vec<Option<u32>>,
 }
 
 impl Logits {
-    /// Those of some rows; none if only their tokens were brought.
+    /// Returns the logits of some rows; none if only their tokens were copied to the host.
     fn rows(&self, rows: &Range<usize>) -> Vec<&[f32]> {
         let Ok(from) = self.wanted.binary_search(&(rows.start as u32)) else { return Vec::new() };
         self.values[from * self.vocabulary..].chunks(self.vocabulary).take(rows.len()).collect()
@@ -383,7 +383,7 @@ impl Sequence {
         Sequence { request, mix, sender, held, keys, tokens, computed, rope_length, history, scored: 1 }
     }
 
-    /// The key of a chunk that was computed just now, if it may be shared.
+    /// Returns the key of a chunk that was computed just now, if it may be shared.
     fn computed_chunk(&self, positions: &Range<usize>) -> Option<Key> {
         let whole = positions.len() == CHUNK && positions.end.is_multiple_of(CHUNK);
         self.keys.get(positions.start / CHUNK).filter(|_| whole).copied()
@@ -398,7 +398,7 @@ impl Sequence {
         self.generated() > 0 && self.tokens.len() - self.computed == 1
     }
 
-    /// Positions of the next chunk.
+    /// Returns the positions of the next chunk.
     fn chunk(&self) -> Range<usize> {
         self.computed..self.tokens.len().min((self.computed / CHUNK + 1) * CHUNK)
     }
@@ -428,19 +428,19 @@ impl Sequence {
         }
     }
 
-    /// Tokens that must not come now.
+    /// Returns tokens that must not come now.
     fn forbidden(&self) -> &[u32] {
         if self.generated() < self.request.min_tokens { &self.request.stop_tokens } else { &[] }
     }
 
-    /// Returns whether a token is all that a turn asks of its logits, and the logits stay as they are.
+    /// Returns whether a turn needs only a token of its logits, and changes no logit.
     fn takes_token(&self) -> bool {
         let Request { sampling, logprobs, prompt_logprobs, .. } = &self.request;
         let scores = prompt_logprobs.is_some() && self.scored < self.request.prompt.len();
         sampling::is_plain(sampling) && logprobs.is_none() && !scores && self.forbidden().is_empty()
     }
 
-    /// How a device draws the next token.
+    /// Returns the parameters by which a device draws the next token.
     #[cfg(feature = "cuda")]
     fn drawing(&self) -> Draw {
         let request::Sampling { temperature, top_k, top_p, min_p, seed, .. } = self.request.sampling;
@@ -511,7 +511,7 @@ impl Worker {
         self.shared.fail(fault);
     }
 
-    /// Steps until the engine ends.
+    /// Runs steps until the engine ends.
     fn serve(&mut self) -> Result<()> {
         while self.admit() {
             if !self.running.is_empty() {
@@ -595,7 +595,7 @@ impl Worker {
         }
     }
 
-    /// The rows of the next step: one of every sequence that generates, and chunks of prompts.
+    /// Returns the rows of the next step: one of every sequence that generates, and chunks of prompts.
     fn plan(&mut self) -> (Step, Vec<Turn>) {
         let (mut step, mut turns) = (Step::default(), Vec::new());
         let mut chosen = self.chosen();
@@ -617,7 +617,7 @@ impl Worker {
         (step, turns)
     }
 
-    /// The sequences that have rows in the next step, with the positions of these.
+    /// Returns the sequences that have rows in the next step, with the positions of these.
     fn chosen(&mut self) -> Vec<(usize, Range<usize>)> {
         let (mut chosen, mut prompts) = (Vec::new(), 0);
         for (number, sequence) in self.running.iter_mut().enumerate() {
@@ -640,7 +640,7 @@ impl Worker {
         chosen
     }
 
-    /// Adapters with the rows they are for, in the order of their numbers; neighbouring rows of one strength
+    /// Returns adapters with the rows they are for, in the order of their numbers; neighbouring rows of one strength
     /// together.
     fn parts(&self, step: &Step, turns: &[Turn]) -> Vec<(Added, Range<usize>)> {
         let mut parts: Vec<(Added, Range<usize>)> = Vec::new();
@@ -660,8 +660,8 @@ impl Worker {
         parts
     }
 
-    /// The values of logits that the turns need, on the host. A GPU draws the token of a row if the token is all that
-    /// is asked. `drawn`: the tokens that it has drawn already.
+    /// Returns the values of logits that the turns need, on the host. A GPU draws the token of a row if the token is
+    /// all that is asked. `drawn`: the tokens that it has drawn already.
     fn bring(&self, turns: &[Turn], logits: &Tensor, drawn: Option<Vec<Option<u32>>>) -> Result<Logits> {
         let (rows, vocabulary) = logits.dims2()?;
         let whole = |turn: &&Turn| logits.device().is_cpu() || !self.running[turn.sequence].takes_token();
@@ -686,7 +686,7 @@ impl Worker {
         Ok(Logits { wanted, values, vocabulary, tokens: Vec::new() })
     }
 
-    /// The tokens that a GPU draws, one for each row of logits. Those of other rows have no meaning.
+    /// Returns the tokens that a GPU draws, one for each row of logits. Those of other rows have no meaning.
     #[cfg(feature = "cuda")]
     fn drawn(&self, turns: &[Turn], logits: &Tensor) -> Result<Vec<Option<u32>>> {
         Ok(match self.draws(turns, logits.dim(0)?) {
@@ -695,7 +695,8 @@ impl Worker {
         })
     }
 
-    /// How each row's token is drawn, of so many rows of logits; `None`: all are the most probable ones.
+    /// Returns the parameters of the draw for each of `rows` rows of logits. `None`: every row's token is the most
+    /// probable one.
     #[cfg(feature = "cuda")]
     fn draws(&self, turns: &[Turn], rows: usize) -> Option<Vec<Draw>> {
         let mut draws = vec![Draw::GREEDY; rows];
@@ -748,7 +749,7 @@ impl Worker {
             self.cache.release(sequence.held);
             events.push((sequence.sender, event));
         }
-        // Whoever reads the end finds the counters as they are after it.
+        // The counters are updated first, so that a caller who has read the end sees them.
         let mut state = self.shared.lock();
         state.counters.prompt_tokens += counted.0;
         state.counters.generated_tokens += counted.1;

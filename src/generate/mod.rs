@@ -1,5 +1,5 @@
-//! Requests -> tokens, one after another: what an engine is asked, how a token is drawn, how tokens become text.
-//! Knows no HTTP.
+//! Requests -> tokens, one after another: the requests to an engine, the choice of a token, and the text of tokens.
+//! This module knows no HTTP.
 
 pub mod defaults;
 pub mod engine;

@@ -1,8 +1,8 @@
 //! Requests to an engine and its answers: plain types, the channel between both, and the trait `Engine`.
 //!
 //! A caller submits a `Request` and reads `Event`s from its `Answer`. Dropping the answer cancels the request. An
-//! engine keeps the `Sender` of each request; `Sender::cancelled` tells it, between two steps, that nobody reads
-//! any more.
+//! engine keeps the `Sender` of each request; `Sender::cancelled` shows, between two steps, whether nobody reads any
+//! more.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,10 +21,10 @@ pub struct Request {
     pub max_tokens: usize,
     /// No token of `stop_tokens` is drawn before so many tokens are generated.
     pub min_tokens: usize,
-    /// Tokens that end the sequence: the model's ends and those of the caller. Whoever ignores the model's ends
+    /// Tokens that end the sequence: the model's ends and those of the caller. A caller who ignores the model's ends
     /// leaves them out here.
     pub stop_tokens: Vec<u32>,
-    /// How the next token is chosen.
+    /// The choice of the next token.
     pub sampling: Sampling,
     /// The adapters that are added to the base: the sum of strength x scale x B A. Empty is the base alone.
     pub adapters: Vec<Strength>,
@@ -35,7 +35,7 @@ pub struct Request {
 }
 
 impl Request {
-    /// A greedy request of the base, which every field may change.
+    /// Returns a greedy request of the base, which every field may change.
     pub fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Request {
         Request {
             prompt,
@@ -50,16 +50,16 @@ impl Request {
     }
 }
 
-/// How a token is drawn. The order is that of transformers: `generate/sampling.rs`.
+/// Parameters of the choice of a token. The order of the filters is that of transformers: `generate/sampling.rs`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
     /// 0 is greedy: the most probable token, of equal ones the lowest id.
     pub temperature: f32,
-    /// Only the most probable so many; 0 is all.
+    /// The number of most probable tokens that are kept; 0 is all.
     pub top_k: usize,
-    /// Only the most probable that together have this probability; 1 is all.
+    /// The probability that the most probable tokens together must have; 1 keeps all.
     pub top_p: f32,
-    /// Only those with at least this share of the most probable one's probability; 0 is all.
+    /// The least share of the most probable token's probability that a token must have; 0 keeps all.
     pub min_p: f32,
     /// Divides positive and multiplies negative logits of tokens seen in prompt or answer; 1 changes nothing.
     pub repetition_penalty: f32,
@@ -74,7 +74,7 @@ pub struct Sampling {
 }
 
 impl Sampling {
-    /// The most probable token, nothing changed.
+    /// Returns the most probable token, nothing changed.
     pub fn greedy() -> Sampling {
         Sampling {
             temperature: 0.0,
@@ -102,7 +102,7 @@ pub struct Strength {
 /// The events of a request, in this order: `Started`, `Prompt` (if asked for), `Token`s, then `Finished` or `Failed`.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// It left the queue and has a place in the batch.
+    /// The request left the queue and has a place in the batch.
     Started,
     /// The prompt's tokens from the second on, which have a probability. May come in several parts.
     Prompt(Vec<Scored>),
@@ -110,7 +110,7 @@ pub enum Event {
     Token(Scored),
     /// Nothing follows.
     Finished(Finish, Usage),
-    /// It could not be finished. Nothing follows.
+    /// The request could not be finished. No event follows.
     Failed(Fault),
 }
 
@@ -148,7 +148,7 @@ pub struct Usage {
 /// The reason why a request is not taken.
 #[derive(Clone, Debug)]
 pub enum Refusal {
-    /// So many requests wait already.
+    /// The queue is full.
     Full {
         /// Requests that wait already.
         waiting: usize,
@@ -186,7 +186,7 @@ pub struct Facts {
     pub waiting: usize,
     /// Tokens whose keys and values fit, over all sequences.
     pub cache_tokens: usize,
-    /// How the base is held and where: `NF4, scales quantised too, on NVIDIA H100`.
+    /// The base's storage and device: `NF4, scales quantised too, on NVIDIA H100`.
     pub description: String,
 }
 
@@ -228,7 +228,7 @@ pub struct Counters {
 
 /// A loaded model that generates. Calls come from many threads and return soon; the work is done elsewhere.
 pub trait Engine: Send + Sync {
-    /// The loaded model and its limits.
+    /// Returns the loaded model and its limits.
     fn facts(&self) -> &Facts;
 
     /// Takes a request into the queue.
@@ -237,7 +237,7 @@ pub trait Engine: Send + Sync {
     /// Why it cannot be answered; nothing of it stays.
     fn submit(&self, request: Request) -> std::result::Result<Answer, Refusal>;
 
-    /// In the order in which they were loaded.
+    /// Returns the adapters in the order in which they were loaded.
     fn adapters(&self) -> Vec<Adapter>;
 
     /// Loads a PEFT folder under a name, while requests run. A name that is taken gets the new one for requests to
@@ -247,16 +247,16 @@ pub trait Engine: Send + Sync {
     /// Model: it does not fit the base, or would change nothing. Capacity: no memory for it.
     fn load_adapter(&self, name: &str, folder: &Path) -> Result<Adapter>;
 
-    /// Requests that use it are finished first; new ones are refused at once.
+    /// Unloads an adapter. Requests that use it are finished first; new ones are refused at once.
     ///
     /// # Errors
     /// Config: no adapter of this name.
     fn unload_adapter(&self, name: &str) -> Result<()>;
 
-    /// The current counts.
+    /// Returns the current counts.
     fn counters(&self) -> Counters;
 
-    /// The failure after which it answers nothing any more, if there was one.
+    /// Returns the failure after which it answers nothing any more, if there was one.
     fn failure(&self) -> Option<Fault> {
         None
     }
@@ -283,7 +283,7 @@ impl Sender {
         self.events.is_closed()
     }
 
-    /// So many tokens of the prompt were in the cache already.
+    /// Sends the number of the prompt's tokens that were in the cache already.
     pub fn set_cached(&self, tokens: usize) {
         self.cached.store(tokens, Ordering::Release);
     }
@@ -297,23 +297,23 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// The next event; `None` behind the last, or if the engine is gone.
+    /// Returns the next event; `None` behind the last, or if the engine is gone.
     pub async fn next(&mut self) -> Option<Event> {
         self.events.recv().await
     }
 
-    /// The same for code that is not asynchronous.
+    /// Returns the same for code that is not asynchronous.
     pub fn wait(&mut self) -> Option<Event> {
         self.events.blocking_recv()
     }
 
-    /// Tokens of the prompt that were in the cache already; known once it started.
+    /// Returns the number of tokens of the prompt that were in the cache already; known once it started.
     pub fn cached(&self) -> usize {
         self.cached.load(Ordering::Acquire)
     }
 }
 
-/// Both ends of a request.
+/// Returns both ends of a request.
 pub fn answer() -> (Sender, Answer) {
     let (sender, receiver) = mpsc::unbounded_channel();
     let cached = Arc::new(AtomicUsize::new(0));

@@ -2,7 +2,7 @@
 //!
 //! The order is: repetition penalty, presence and frequency penalties, bias, minimum length; then, unless it is greedy,
 //! temperature, top_k, top_p, min_p. Every filter keeps at least one token, and equal logits are kept or dropped
-//! together, so that a filter is one number: the smallest logit that stays.
+//! together. So a filter is one number: the smallest logit that stays.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,7 +20,7 @@ pub struct History {
 }
 
 impl History {
-    /// The history at the end of a prompt: nothing is generated yet.
+    /// Returns the history at the end of a prompt: nothing is generated yet.
     pub fn new(prompt: &[u32]) -> History {
         History { prompt: prompt.iter().copied().collect(), ..History::default() }
     }
@@ -31,7 +31,7 @@ impl History {
         self.count += 1;
     }
 
-    /// Tokens generated so far: the number of the next draw.
+    /// Returns the number of tokens generated so far: the number of the next draw.
     pub fn generated(&self) -> usize {
         self.count
     }
@@ -45,7 +45,8 @@ pub fn is_plain(sampling: &Sampling) -> bool {
         && sampling.bias.is_empty()
 }
 
-/// Penalties and bias; `forbidden` are tokens that must not come now, such as the ends before the minimum length.
+/// Applies penalties and bias; `forbidden` are tokens that must not come now, such as the ends before the minimum
+/// length.
 pub fn adjust(logits: &mut [f32], sampling: &Sampling, history: &History, forbidden: &[u32]) {
     let penalty = sampling.repetition_penalty;
     if penalty != 1.0 {
@@ -75,7 +76,8 @@ pub fn adjust(logits: &mut [f32], sampling: &Sampling, history: &History, forbid
     }
 }
 
-/// The token, drawn with number `number` of the sequence's seed. `None` if no logit is a number that could be drawn.
+/// Returns the token, drawn with number `number` of the sequence's seed. `None` if no logit is a number that could be
+/// drawn.
 pub fn choose(logits: &[f32], sampling: &Sampling, number: usize) -> Option<u32> {
     if sampling.temperature <= 0.0 {
         return greedy(logits);
@@ -84,7 +86,7 @@ pub fn choose(logits: &[f32], sampling: &Sampling, number: usize) -> Option<u32>
     kept.draw(uniform(sampling.seed, number))
 }
 
-/// The highest logit's token; of equal ones the lowest id.
+/// Returns the highest logit's token; of equal ones the lowest id.
 pub fn greedy(logits: &[f32]) -> Option<u32> {
     let mut best: Option<(usize, f32)> = None;
     for (id, &logit) in logits.iter().enumerate() {
@@ -95,7 +97,7 @@ pub fn greedy(logits: &[f32]) -> Option<u32> {
     best.map(|(id, _)| id as u32)
 }
 
-/// In [0, 1): depends on seed and number alone.
+/// Returns a number in [0, 1) that depends on seed and number alone.
 pub fn uniform(seed: u64, number: usize) -> f64 {
     let mut random = ChaCha12Rng::seed_from_u64(seed);
     random.set_stream(number as u64);
@@ -152,7 +154,7 @@ fn nth_highest(logits: &[f32], n: usize) -> f32 {
     *finite.select_nth_unstable_by(n - 1, |a, b| b.total_cmp(a)).1
 }
 
-/// The logit of the token that crosses `share` when tokens are taken from the most probable on.
+/// Returns the logit of the token that crosses `share` when tokens are taken from the most probable on.
 fn nucleus(logits: &[f32], smallest: f32, share: f64, weight: impl Fn(f32) -> f64) -> f32 {
     let in_reach = |logit: &f32| logit.is_finite() && *logit >= smallest;
     let total: f64 = logits.iter().filter(|logit| in_reach(logit)).map(|&logit| weight(logit)).sum();
@@ -176,14 +178,14 @@ fn nucleus(logits: &[f32], smallest: f32, share: f64, weight: impl Fn(f32) -> f6
     }
 }
 
-/// A token with its log-probability by these logits, and the `alternatives` most probable ones.
+/// Returns a token with its log-probability by these logits, and the `alternatives` most probable ones.
 pub fn scored(logits: &[f32], token: u32, alternatives: usize) -> Scored {
     let finite = |logit: &&f32| logit.is_finite();
     let highest = logits.iter().filter(finite).copied().fold(f32::MIN, f32::max);
     let sum: f64 = logits.iter().filter(finite).map(|&l| (f64::from(l) - f64::from(highest)).exp()).sum();
     let logprob = |token: u32| {
         let logit = logits.get(token as usize).copied().unwrap_or(f32::NEG_INFINITY);
-        // No JSON number is infinite: what cannot come has the lowest number there is.
+        // No JSON number is infinite, so a token that cannot come has the lowest finite number.
         (f64::from(logit) - f64::from(highest) - sum.ln()).max(f64::from(f32::MIN)) as f32
     };
     let mut order: Vec<u32> = (0..logits.len() as u32).collect();
@@ -204,13 +206,13 @@ mod tests {
 
     const LOGITS: [f32; 8] = [1.0, 3.0, -0.5, 2.0, 0.0, 1.5, -2.0, 0.5];
 
-    /// Most a fair sample's chi-square reaches but once in a thousand (Wilson and Hilferty).
+    /// Returns the value that a fair sample's chi-square exceeds once in a thousand samples (Wilson and Hilferty).
     fn limit(freedom: f64) -> f64 {
         let spread = 2.0 / (9.0 * freedom);
         freedom * (1.0 - spread + 3.09 * spread.sqrt()).powi(3)
     }
 
-    /// 100,000 draws against the probabilities.
+    /// Compares 100,000 draws with the probabilities.
     fn check(sampling: &Sampling, expected: [f64; 8]) {
         const DRAWS: usize = 100_000;
         let mut found = [0.0; 8];

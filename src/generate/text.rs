@@ -18,12 +18,12 @@ pub struct Detokenizer {
 }
 
 impl Detokenizer {
-    /// `skip_special`: control tokens leave no text.
+    /// Returns a decoder of a new text. With `skip_special`, control tokens leave no text.
     pub fn new(skip_special: bool) -> Detokenizer {
         Detokenizer { ids: Vec::new(), start: 0, written: 0, known: String::new(), skip_special }
     }
 
-    /// Tokens that stand before: they decide how the next begins and are not written.
+    /// Sets the tokens that stand before the text. They decide how the next token begins, and are not written.
     pub fn after(mut self, tokenizer: &Tokenizer, ids: &[u32]) -> Detokenizer {
         self.ids = ids[ids.len().saturating_sub(WAITING_MAX)..].to_vec();
         self.written = self.ids.len();
@@ -31,7 +31,7 @@ impl Detokenizer {
         self
     }
 
-    /// The text that is certain with this token.
+    /// Returns the text that is certain with this token.
     pub fn push(&mut self, tokenizer: &Tokenizer, id: u32) -> String {
         self.ids.push(id);
         let text = tokenizer.decode(&self.ids[self.start..], self.skip_special);
@@ -51,7 +51,7 @@ impl Detokenizer {
         }
     }
 
-    /// Adds a token whose text is this, whatever the tokenizer would make of it.
+    /// Adds a token with this text instead of the tokenizer's.
     pub fn whole(&mut self, text: &str, id: u32) -> String {
         self.ids.push(id);
         (self.start, self.written) = (self.ids.len(), self.ids.len());
@@ -59,7 +59,7 @@ impl Detokenizer {
         text.to_owned()
     }
 
-    /// The text that still waits, unchanged.
+    /// Returns the text that still waits, unchanged.
     pub fn finish(&mut self, tokenizer: &Tokenizer) -> String {
         let text = tokenizer.decode(&self.ids[self.start..], self.skip_special);
         let new = match text.strip_prefix(self.known.as_str()) {
@@ -96,7 +96,7 @@ impl Stops {
         Stops { strings, held: String::new(), free: 0 }
     }
 
-    /// The first stop string that the text has ends it; it is not shown itself.
+    /// Adds text, and returns the text that may be shown. The first stop string ends it and is not shown itself.
     pub fn push(&mut self, text: &str) -> Shown {
         self.held.push_str(text);
         let found = |stop: &String| Some((self.find(stop)?, stop.clone()));
@@ -111,13 +111,14 @@ impl Stops {
         Shown { text: std::mem::replace(&mut self.held, rest), stop: None }
     }
 
-    /// The same for text in which no stop string may end: `min_tokens` asks for more. One that begins in it counts.
+    /// Returns the same for text in which no stop string may end: `min_tokens` asks for more. One that begins in it
+    /// counts.
     pub fn push_free(&mut self, text: &str) -> Shown {
         self.free = self.held.len() + text.len();
         self.push(text)
     }
 
-    /// The place of a stop string that ends behind the free text.
+    /// Returns the place of a stop string that ends behind the free text.
     fn find(&self, stop: &str) -> Option<usize> {
         let start = self.free.saturating_sub(stop.len().saturating_sub(1));
         let start = (start..=self.held.len()).find(|&at| self.held.is_char_boundary(at))?;
@@ -129,19 +130,19 @@ impl Stops {
         text.find(stop).map(|at| start + at)
     }
 
-    /// The text that was held back until the end.
+    /// Returns the text that was held back until the end.
     pub fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
 }
 
-/// Bytes at the end of `text` that begin `stop`.
+/// Returns the number of bytes at the end of `text` that begin `stop`.
 fn overlap(text: &str, stop: &str) -> usize {
     let most = stop.len().saturating_sub(1).min(text.len());
     (1..=most).rev().find(|&length| text.as_bytes().ends_with(&stop.as_bytes()[..length])).unwrap_or(0)
 }
 
-/// A token's name in lists of log-probabilities: its text, or its bytes where they are no text of their own.
+/// Returns a token's name in lists of log-probabilities: its text, or its bytes if they are no text by themselves.
 pub fn token_name(tokenizer: &Tokenizer, id: u32) -> String {
     let bytes = tokenizer.token_bytes(id);
     String::from_utf8(bytes).unwrap_or_else(|error| {

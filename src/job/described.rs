@@ -1,4 +1,4 @@
-//! A plan -> what its model's small files and its first adapter say, before any weight or row is read.
+//! A plan -> the facts in its model's small files and its first adapter, before any weight or row is read.
 
 use crate::adapter::{self, Adapter};
 use crate::dataset::{self, Tokenizer};
@@ -58,7 +58,7 @@ pub fn describe(plan: &Plan) -> Result<Described> {
     Ok(Described { facts, options, sites, bf16_checkpoint, initial })
 }
 
-/// The shape of a preset, which is known without its files. `None` if the base is no preset of a known shape.
+/// Returns the shape of a preset, which is known without its files. `None` if the base is no preset of a known shape.
 pub(super) fn by_name(plan: &Plan) -> Result<Option<Described>> {
     let shape = presets::find(&plan.base.name()).ok().and_then(|preset| preset.shape.as_deref());
     let Some(shape) = shape else { return Ok(None) };

@@ -1,8 +1,8 @@
 //! A plan and its data's footers -> optimizer steps, tokens, and for each named GPU the expected time and cost.
 //!
 //! Only the footers of the data are read, so tokens are estimated from bytes of text. Speed is the memory plan's
-//! prediction (`memory/cost.rs`). Prices are what the large clouds asked for one GPU an hour in the United States
-//! when the table was written; `--price` replaces them.
+//! prediction (`memory/cost.rs`). Prices are those of the large clouds for one GPU an hour in the United States when
+//! the table was written; `--price` replaces them.
 
 use serde_json::{Value as Json, json};
 
@@ -27,8 +27,8 @@ const TEMPLATE_TOKENS: u64 = 24;
 const PRICE_SOURCE: &str =
     "list prices of one GPU on demand at large clouds in the United States, November 2026";
 
-/// Dollars an hour for one GPU on demand, rounded: what a machine with the card costs at AWS, Azure or Google
-/// Cloud, divided by its number of cards.
+/// Dollars an hour for one GPU on demand, rounded: the price of a machine with the card at AWS, Azure or Google Cloud,
+/// divided by its number of cards.
 const PRICES: [(&str, f64); 11] = [
     ("t4", 0.53),
     ("v100-16", 3.06),
@@ -124,7 +124,7 @@ fn parsed(prices: &[String]) -> Result<Vec<(String, f64)>> {
     prices.iter().map(|text| price(text).ok_or_else(|| wrong(text))).collect()
 }
 
-/// The footers of files on this machine; `None` if data must be downloaded first.
+/// Returns the footers of files on this machine; `None` if data must be downloaded first.
 fn footers(plan: &Plan) -> Result<Option<Footers>> {
     let mut entries = Vec::new();
     let to_train_on = plan.dataset.evaluation_from.unwrap_or(plan.data.len());
@@ -152,7 +152,7 @@ fn size(plan: &Plan, footers: Footers, mean: u64) -> Size {
     Size { rows, steps: steps.total, tokens: (epochs * (rows * mean) as f64) as u64 }
 }
 
-/// The smallest card that the run fits, and settings that make the run smaller.
+/// Returns the smallest card that the run fits, and settings that make the run smaller.
 fn advice(plan: &Plan, described: &Described, lengths: Lengths) -> String {
     let fits = |card: &&card::Card| {
         let machine = card.machine(plan.memory.limit);
@@ -169,7 +169,7 @@ fn advice(plan: &Plan, described: &Described, lengths: Lengths) -> String {
 }
 
 impl Estimate {
-    /// The estimate as lines for people.
+    /// Returns the estimate as lines for people.
     pub fn table(&self) -> String {
         let mut text = match self.size {
             None => "work: unknown, because the data is not on this machine as parquet yet\n".to_owned(),
@@ -216,7 +216,7 @@ impl Estimate {
         self.size.map(|size| size.tokens as f64 / speed.max(1e-9))
     }
 
-    /// The estimate as JSON.
+    /// Returns the estimate as JSON.
     pub fn json(&self) -> Json {
         let gpu = |gpu: &OnGpu| match &gpu.speed {
             Err(fault) => json!({"gpu": gpu.name, "fits": false, "why": fault.clone().in_a_line()}),
@@ -238,7 +238,7 @@ impl Estimate {
     }
 }
 
-/// A duration such as `2 h 5 min`, `12 min` or `40 s`.
+/// Returns a duration such as `2 h 5 min`, `12 min` or `40 s`.
 fn duration(seconds: f64) -> String {
     let whole = seconds.ceil() as u64;
     match whole {

@@ -47,7 +47,7 @@ pub(super) fn tell_what_is_trained(plan: &Plan, described: &Described, report: &
     }
 }
 
-/// The linear layers whose products are in 8 bits, and those whose widths do not allow it.
+/// Returns the linear layers whose products are in 8 bits, and those whose widths do not allow it.
 fn products_in_8_bits(facts: &Facts) -> String {
     let all = facts.projections().count();
     let taken = facts.projections().filter(|(_, p)| fp8::takes(p.rows, p.cols)).count();
@@ -60,7 +60,7 @@ fn products_in_8_bits(facts: &Facts) -> String {
     format!("compute: fp8: products with {taken} frozen linear layers are in 8 bits (E4M3){rest}")
 }
 
-/// Tells of what is asked of the adapter's form, which the adapter to start from decides.
+/// Warns about requested settings of the adapter's form, because the adapter to start from decides them.
 fn tell_of_form(asked: &LoraOptions, taken: &LoraOptions, report: &Report) {
     let forms = [
         ("use_dora", asked.dora && !taken.dora),
@@ -121,7 +121,7 @@ pub(super) fn warn_of_length(examples: &Set, facts: &Facts, report: &Report) {
     }
 }
 
-/// The loaded base and the adapter, in a sentence.
+/// Returns the loaded base and the adapter, in a sentence.
 pub(super) fn loaded(decoder: &Decoder, adapter: &Trainable) -> String {
     let away = decoder.ring.as_ref().map_or(String::new(), |ring| {
         let (device, host) = (ring.device_bytes() as u64, ring.host_bytes() as u64);

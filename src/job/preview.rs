@@ -26,7 +26,7 @@ struct Model {
 /// Looks at a plan: for GPUs by their names or instance types, with prices `NAME=DOLLARS`, or else for this machine.
 ///
 /// # Errors
-/// Those of [`describe`], [`check_small_files`] and [`estimate::estimate`].
+/// The errors of [`describe`], [`check_small_files`] and [`estimate::estimate`].
 pub fn preview<'a>(plan: &'a Plan, gpus: &[String], prices: &[String]) -> Result<Preview<'a>> {
     let described = match plan.model.folder.join("config.json").exists() {
         true => {
@@ -48,8 +48,8 @@ pub fn preview<'a>(plan: &'a Plan, gpus: &[String], prices: &[String]) -> Result
 }
 
 impl Preview<'_> {
-    /// The preview as paragraphs for people. If there is no memory plan, its paragraph is the fault, so that all
-    /// others are still seen.
+    /// Returns the preview as paragraphs for people. If there is no memory plan, its paragraph is the fault, so that
+    /// all others are still seen.
     pub fn paragraphs(&self) -> Vec<Result<String>> {
         let plan = self.plan.table();
         let Some(Model { described, estimate, memory }) = &self.model else {
@@ -74,7 +74,7 @@ impl Preview<'_> {
         vec![Ok(plan), Ok(model), Ok(format!("\n{}", estimate.table())), memory]
     }
 
-    /// The preview as JSON.
+    /// Returns the preview as JSON.
     ///
     /// # Errors
     /// Capacity, or why else there is no memory plan.

@@ -18,7 +18,7 @@ pub struct Receipt {
 }
 
 impl Receipt {
-    /// The result as lines for people; the first one is empty.
+    /// Returns the result as lines for people; the first one is empty.
     pub fn text(&self) -> String {
         let trained = &self.trained;
         let mut text = format!(
@@ -43,7 +43,7 @@ impl Receipt {
         text
     }
 
-    /// The result for the termination message.
+    /// Returns the result for the termination message.
     pub fn outcome(self) -> Outcome {
         let image = self.published.into_iter().find(|sent| sent.image);
         Outcome {

@@ -21,7 +21,7 @@ pub struct Lengths {
 }
 
 impl Lengths {
-    /// The lengths of the examples of both sets.
+    /// Returns the lengths of the examples of both sets.
     pub fn of(training: &Set, evaluation: &Set) -> Lengths {
         let of = |set: &Set| (0..set.len()).map(|index| set.tokens(index)).collect::<Vec<_>>();
         let (training, evaluation) = (of(training), of(evaluation));
@@ -30,7 +30,7 @@ impl Lengths {
         Lengths { longest: lengths().max().unwrap_or(1), mean: mean.max(1) }
     }
 
-    /// The lengths before any row is read: all examples have the greatest length allowed.
+    /// Returns the lengths to assume before any row is read: all examples have the greatest length allowed.
     pub fn most(plan: &Plan, described: &Described) -> Lengths {
         let longest = plan.tokens.tokens_max.min(described.facts.positions_max);
         Lengths { longest, mean: longest }
@@ -40,7 +40,7 @@ impl Lengths {
 /// LIMIT: tokens of a pass that a plan computes bytes of. No machine holds so many, and no product overflows.
 const PASS_TOKENS_MAX: usize = 1 << 32;
 
-/// The memory plan for a GPU, by its name or instance type, or for the device that the run would use.
+/// Returns the memory plan for a GPU, by its name or instance type, or for the device that the run would use.
 pub fn plan(plan: &Plan, described: &Described, gpu: Option<&str>) -> Result<Running> {
     let lengths = Lengths::most(plan, described);
     let machine = match gpu {

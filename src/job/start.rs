@@ -20,7 +20,7 @@ pub fn start(plan: &Plan, environment: Environment, report: &Report) -> Result<O
     together.leave(reported(plan, &together, environment, report))
 }
 
-/// The run of one process. Only rank 0 has trackers.
+/// Runs the job in this process. Only rank 0 has trackers.
 fn reported(
     plan: &Plan,
     together: &Together,

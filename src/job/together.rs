@@ -37,7 +37,7 @@ impl Together {
         }
     }
 
-    /// The ranks, for whatever all of them compute.
+    /// Returns the ranks, for computations that all of them share.
     pub fn ranks(&self) -> &dyn Collective {
         match &self.0 {
             Some(link) => &**link,
@@ -45,7 +45,7 @@ impl Together {
         }
     }
 
-    /// The ranks for tensors of this device. GPUs are joined by NCCL, which takes some of their memory.
+    /// Returns the ranks for tensors of this device. GPUs are joined by NCCL, which takes some of their memory.
     ///
     /// # Errors
     /// Config: there is no NCCL. Device: the GPUs cannot be joined.
@@ -71,7 +71,7 @@ impl Together {
         }
     }
 
-    /// Trains. Meanwhile, a rank that does not come to a call that the others came to ends all of them.
+    /// Does `work`, the training. Meanwhile, a rank that does not make a call that the others make ends all of them.
     pub fn while_training<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let Some(link) = &self.0 else { return work() };
         link.expects_progress(true);
@@ -89,7 +89,8 @@ impl Together {
         Ok(done)
     }
 
-    /// Does work of which each rank has a share of its own. What one of them refuses, another one cannot know.
+    /// Does work of which each rank has a share of its own. One rank may refuse its share for a reason that others do
+    /// not see.
     pub fn apart<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let Some(link) = &self.0 else { return work() };
         link.works_apart(true);
@@ -108,7 +109,7 @@ impl Together {
         done.map_or_else(work, Ok)
     }
 
-    /// A decision of rank 0: the work is done there alone, and every rank gets the result.
+    /// Lets rank 0 decide: the work is done there alone, and every rank gets the result.
     pub fn first<T>(
         &self,
         work: impl FnOnce() -> Result<T>,
@@ -163,7 +164,7 @@ impl Together {
         }
     }
 
-    /// The machine that all ranks plan their memory for: rank 0's, with the least memory that a rank has free.
+    /// Returns the machine that all ranks plan their memory for: rank 0's, with the least memory that a rank has free.
     pub fn machine(&self, device: &Device, limit: Option<Limit>) -> Result<Machine> {
         let mut machine = Machine::of(device, limit);
         let place = self.place();
@@ -190,7 +191,7 @@ impl Together {
         Ok(like(machine, &first))
     }
 
-    /// The smallest of all ranks' numbers.
+    /// Returns the smallest of all ranks' numbers.
     fn least(&self, own: u64) -> Result<u64> {
         let all = self.ranks().exchange(&own.to_le_bytes())?;
         let number =
@@ -206,7 +207,7 @@ fn disagreement(what: String) -> Fault {
     )
 }
 
-/// The properties of a machine that decide between two plans that both fit.
+/// Returns the properties of a machine that decide between two plans that both fit.
 fn rates(machine: &Machine) -> Json {
     let Rates { matrix, copy, link, peer, measured } = machine.rates;
     let threads = match machine.place {
@@ -232,7 +233,7 @@ fn like(mut machine: Machine, first: &Json) -> Machine {
     machine
 }
 
-/// A rank's part of the run's fingerprint: the program, and the kind of its device.
+/// Returns a rank's part of the run's fingerprint: the program, and the kind of its device.
 pub(super) fn of_process(plan: &Plan, device: &Device) -> Vec<(String, String)> {
     let kind = if device.is_cpu() { "CPU" } else { "GPU" };
     let part = |name: &str, text: String| (name.to_owned(), text);
@@ -247,7 +248,7 @@ pub(super) fn of_process(plan: &Plan, device: &Device) -> Vec<(String, String)> 
     ]
 }
 
-/// A digest of pieces of this program; two builds differ in all of them.
+/// Returns a digest of pieces of this program; two builds differ in all of them.
 fn program() -> String {
     use std::io::{Read, Seek, SeekFrom};
     let read = || -> std::io::Result<Vec<u8>> {
@@ -263,7 +264,7 @@ fn program() -> String {
     read().map_or_else(|error| format!("unread: {error}"), |pieces| source::digest(&pieces))
 }
 
-/// The first part that differs, with both contents, or with the first items of a long content that differ.
+/// Returns the first part that differs, with both contents, or with the first items of a long content that differ.
 fn difference(first: &[(String, String)], other: &[(String, String)]) -> String {
     let differs = first.iter().zip(other).find(|(one, two)| one != two);
     let Some(((name, one), (other_name, two))) = differs else {

@@ -18,7 +18,7 @@ use super::described::{Described, MODEL_TEXTS};
 /// Bars of the histogram of lengths.
 const BARS: usize = 16;
 
-/// The properties of a machine that explain a run's speed and its numbers.
+/// Returns the properties of a machine that explain a run's speed and its numbers.
 pub(super) fn environment(device: &Device) -> Json {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let after = |text: &str, word: &str| {
@@ -43,7 +43,7 @@ pub(super) fn environment(device: &Device) -> Json {
     })
 }
 
-/// The model and what of it is trained.
+/// Returns the model, and its trained parts.
 pub(super) fn model(described: &Described) -> Json {
     let facts = &described.facts;
     json!({
@@ -52,7 +52,7 @@ pub(super) fn model(described: &Described) -> Json {
     })
 }
 
-/// The inputs of the run, by digests.
+/// Returns the inputs of the run, by digests.
 pub(super) fn provenance(plan: &Plan, data: &[source::File]) -> Json {
     let folder = &plan.model.folder;
     let file = |name: &&str| {
@@ -69,7 +69,7 @@ pub(super) fn provenance(plan: &Plan, data: &[source::File]) -> Json {
     })
 }
 
-/// Rows that were read, and what is left of them to learn.
+/// Returns the counts of rows that were read and of tokens that are learned.
 pub(super) fn rows(prepared: &Prepared) -> Json {
     let (train, evaluation) = (&prepared.train, &prepared.evaluation);
     let tokens = |set: &Set| -> Vec<usize> { (0..set.len()).map(|index| set.tokens(index)).collect() };
@@ -86,7 +86,7 @@ pub(super) fn rows(prepared: &Prepared) -> Json {
     })
 }
 
-/// From, to (both inside) and how many examples have so many tokens.
+/// Returns the histogram of lengths: (shortest, longest, number of examples) of each bar.
 fn histogram(lengths: &[usize]) -> Vec<(usize, usize, usize)> {
     let longest = lengths.iter().copied().max().unwrap_or(0);
     let width = longest.div_ceil(BARS).max(1);
@@ -98,7 +98,7 @@ fn histogram(lengths: &[usize]) -> Vec<(usize, usize, usize)> {
         .collect()
 }
 
-/// The decisions of evaluations.
+/// Returns the decisions of evaluations.
 pub(super) fn evaluation(trained: &Trained) -> Json {
     let best = trained.best.as_ref();
     json!({
@@ -110,14 +110,14 @@ pub(super) fn evaluation(trained: &Trained) -> Json {
     })
 }
 
-/// The memory plan in force.
+/// Returns the memory plan in force.
 pub(super) fn memory(memory: &Running) -> Json {
     let mut json = memory.plan.json(&memory.machine);
     json["choice"] = memory.plan.choice().into();
     json
 }
 
-/// The digest of a file that was written; `None` if it cannot be read.
+/// Returns the digest of a file that was written; `None` if it cannot be read.
 pub(super) fn digest(file: &Path) -> Option<String> {
     std::fs::read(file).ok().map(|bytes| source::digest(&bytes))
 }

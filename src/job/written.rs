@@ -1,4 +1,4 @@
-//! A trained adapter -> its files in the output folder, and what its image says of it.
+//! A trained adapter -> its files in the output folder, and the annotations of its image.
 
 use crate::adapter::{self, card::Card};
 use crate::facts::{Facts, Quantization};
@@ -42,7 +42,7 @@ pub(super) fn write(
     folder.write("README.md", adapter::card::markdown(&card).as_bytes())
 }
 
-/// The image's statements about the adapter.
+/// Returns the image's statements about the adapter.
 pub(super) fn image_facts(plan: &Plan, trained: &Trained) -> ImageFacts {
     let annotations = [("hone.report", run_folder::REPORT.to_owned()), ("hone.adapter", trained.adapter())];
     ImageFacts {

@@ -1,4 +1,4 @@
-//! The command line of KAITO's inference pods -> that of `hone serve`, and what of it changes nothing.
+//! The command line of KAITO's inference pods -> that of `hone serve`, and the flags without effect.
 //!
 //! Both runtimes' scripts are called `inference_api.py`: vLLM's takes vLLM's flags, the transformers runtime's those of
 //! its ModelConfig (KAITO v0.12, `pkg/model/interface.go`, `presets/workspace/inference`; v0.3 for `/chat`). Each
@@ -65,10 +65,11 @@ struct Asked {
     warnings: Vec<String>,
 }
 
-/// The command line of `hone serve`, and warnings.
+/// Returns the command line of `hone serve`, and warnings.
 ///
 /// # Errors
-/// Usage: a flag without its value, and what one server of one GPU cannot do. Config: the mounted configuration.
+/// Usage: a flag without its value, or a setting that one server of one GPU cannot have. Config: the mounted
+/// configuration.
 pub fn serve(
     runtime: Runtime,
     flags: &[String],
@@ -176,7 +177,7 @@ fn take(asked: &mut Asked, name: &str, key: &str, value: Option<String>) -> Resu
     Ok(())
 }
 
-/// As `hone serve` names models.
+/// Returns the model's address in the form of `hone serve`.
 fn model(model: Option<String>, revision: Option<String>) -> Result<String> {
     let model = model.unwrap_or_else(|| WEIGHTS.into());
     Ok(match model.as_str() {
@@ -195,7 +196,7 @@ fn model(model: Option<String>, revision: Option<String>) -> Result<String> {
     })
 }
 
-/// Port 5000, and one more for each rank, as KAITO's scripts have it.
+/// Returns the port: 5000, and one more for each rank, as KAITO's scripts have it.
 fn port(asked: Option<&str>, environment: &dyn Fn(&str) -> Option<String>) -> Result<u16> {
     let number = |name: &str, text: &str| {
         text.parse::<u16>().map_err(|_| Fault::usage(format!("{name}: expected a port, found {text:?}")))
@@ -207,7 +208,7 @@ fn port(asked: Option<&str>, environment: &dyn Fn(&str) -> Option<String>) -> Re
     }
 }
 
-/// Values of the mounted file precede the flags.
+/// Reads the mounted file, whose values override the flags.
 fn configuration(asked: &mut Asked, adapters: bool) -> Result<Config> {
     let Some(path) = &asked.config else { return Ok(Config::default()) };
     let text = std::fs::read_to_string(path)
@@ -217,7 +218,7 @@ fn configuration(asked: &mut Asked, adapters: bool) -> Result<Config> {
     Ok(config)
 }
 
-/// Folders of adapters by their names; others are told.
+/// Returns folders of adapters by their names; other folders are reported.
 fn adapters(root: &Path, warnings: &mut Vec<String>) -> Vec<(String, PathBuf)> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(root).into_iter().flatten().flatten() {
@@ -235,7 +236,7 @@ fn adapters(root: &Path, warnings: &mut Vec<String>) -> Vec<(String, PathBuf)> {
     found
 }
 
-/// `a:1,b:0.5`, as the variables of their names say.
+/// Returns the sum of the adapters, such as `a:1,b:0.5`. An adapter's strength is the variable of its name, or 1.
 fn sum(adapters: &[(String, PathBuf)], environment: &dyn Fn(&str) -> Option<String>) -> Result<String> {
     let part = |(name, _): &(String, PathBuf)| {
         let text = environment(name).filter(|text| !text.is_empty()).unwrap_or_else(|| "1.0".into());

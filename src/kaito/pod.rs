@@ -1,4 +1,4 @@
-//! The end of the job in a pod of KAITO's -> the end of the pod's other containers, whatever ended the job.
+//! Every end of the job in a pod of KAITO's -> the end of the pod's other containers.
 
 use super::sidecars::{self, Limits};
 use crate::fault::{Fault, Result};
@@ -38,8 +38,8 @@ pub fn warn_of_limits(environment: Environment, report: &Report) {
     }
 }
 
-/// The time limits. A limit that cannot be read takes its default, because the job has ended by now and its pod must
-/// end too.
+/// Returns the time limits. A limit that cannot be read takes its default, because the job has ended by now and its pod
+/// must end too.
 pub fn limits(environment: Environment) -> Limits {
     Limits::read(environment).or_else(|_| Limits::read(&|_| None)).expect("defaults are numbers")
 }

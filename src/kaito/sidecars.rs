@@ -162,7 +162,8 @@ impl Ending {
                 }
             };
             self.asked.entry(pid).or_insert_with(Instant::now);
-            // SAFETY: takes two numbers; the process was found a moment ago and is neither PID 1 nor one of ours.
+            // SAFETY: the call takes two numbers. The process was found a moment ago and is neither PID 1 nor one of
+            // ours.
             let sent = unsafe { libc::kill(pid, signal) } == 0;
             if !sent && std::io::Error::last_os_error().raw_os_error() == Some(libc::EPERM) {
                 self.refuse(report);
@@ -249,8 +250,8 @@ struct Process {
     arguments: Vec<String>,
 }
 
-/// All running processes. A process that ends while it is read is left out, and so are zombies, which have no command
-/// line.
+/// Returns all running processes. A process that ends while it is read is left out, and so are zombies, which have no
+/// command line.
 fn processes(proc: &Path) -> Vec<Process> {
     let entries = std::fs::read_dir(proc).into_iter().flatten().flatten();
     entries
@@ -284,7 +285,7 @@ mod tests {
         Process { pid, parent, session, arguments }
     }
 
-    /// A pod of KAITO's: its pause, our container's two processes, the pusher at work, the pause container.
+    /// Returns a pod of KAITO's: its pause, our container's two processes, the pusher at work, the pause container.
     fn pod() -> Vec<Process> {
         let script = "SENTINEL_PATH='/mnt/results/fine_tuning_completed.txt'\nwhile ...";
         vec![

@@ -120,7 +120,7 @@ const fn card(
     Card { name, memory_gib, matrix, copy, link, peer, measured: false }
 }
 
-/// The machine of a name of `--gpu`: all of its cards, each limited to `limit`.
+/// Returns the machine of a name of `--gpu`: all of its cards, each limited to `limit`.
 ///
 /// # Errors
 /// Usage: an unknown name. Capacity: a card without bf16.
@@ -129,20 +129,20 @@ pub fn machine(name: &str, limit: Option<Limit>) -> Result<Machine> {
     Ok(Machine { ranks, host: host_bytes(name), ..card.machine(limit)? })
 }
 
-/// Bytes of an instance type's host memory that a run may use; `None` if it is not in the table.
+/// Returns the number of bytes of an instance type's host memory that a run may use; `None` if it is not in the table.
 pub fn host_bytes(instance: &str) -> Option<u64> {
     let found = INSTANCES.iter().find(|(name, ..)| name.eq_ignore_ascii_case(instance));
     found.map(|(_, _, _, gib)| (gib * SHARE_OF_HOST * (1u64 << 30) as f64) as u64)
 }
 
 impl Card {
-    /// Memory in bytes.
+    /// Returns the memory in bytes.
     pub fn bytes(&self) -> u64 {
         (self.memory_gib * (1u64 << 30) as f64) as u64
     }
 
-    /// The card with nothing on it but hone's own context, limited to `limit`. A card without bf16 is a capacity
-    /// fault.
+    /// Returns the card with nothing on it but hone's own context, limited to `limit`. A card without bf16 is a
+    /// capacity fault.
     pub fn machine(&self, limit: Option<Limit>) -> Result<Machine> {
         let Some(matrix) = self.matrix else {
             return Err(Fault::new(
@@ -159,7 +159,7 @@ impl Card {
         Ok(machine.limited(limit))
     }
 
-    /// Compute capability (major, minor).
+    /// Returns the compute capability (major, minor).
     pub fn capability(&self) -> (i32, i32) {
         let of = CAPABILITIES.iter().find(|(family, _)| self.name.starts_with(family));
         of.map_or((8, 0), |(_, capability)| *capability)
@@ -176,8 +176,8 @@ impl Card {
     }
 }
 
-/// (card, number of cards) of a card's name, of an instance type, or of a number of cards such as `4xl4`. An unknown
-/// name is a usage fault.
+/// Returns (card, number of cards) of a card's name, of an instance type, or of a number of cards such as `4xl4`. An
+/// unknown name is a usage fault.
 pub fn find(name: &str) -> Result<(Card, usize)> {
     let same = |other: &str| other.eq_ignore_ascii_case(name);
     let instance = INSTANCES.iter().find(|instance| same(instance.0));
@@ -194,8 +194,8 @@ pub fn find(name: &str) -> Result<(Card, usize)> {
     })
 }
 
-/// The rates of a device by the name that it reports (`NVIDIA A100-SXM4-80GB`). A device that is not in the table
-/// gets those of a small card.
+/// Returns the rates of a device by the name that it reports (`NVIDIA A100-SXM4-80GB`). A device that is not in the
+/// table gets those of a small card.
 pub fn like(device: &str) -> Rates {
     let plain = |text: &str| text.to_lowercase().replace([' ', '-'], "");
     let wanted = plain(device);
@@ -211,14 +211,14 @@ pub fn like(device: &str) -> Rates {
     card.rates(card.matrix.unwrap_or(60.0))
 }
 
-/// Assumed rates of a server's CPU. They only serve to compare levels.
+/// Returns the assumed rates of a server's CPU. They only serve to compare levels.
 pub fn cpu_rates(threads: usize) -> Rates {
     let threads = threads as f64;
     let copy = 10e9 * threads.min(16.0);
     Rates { matrix: 150e9 * threads, copy, link: 10e9, peer: 1e9, measured: false }
 }
 
-/// The cards that can train and of which at least `bytes` may be used, smallest first.
+/// Returns the cards that can train and of which at least `bytes` may be used, smallest first.
 pub fn at_least(bytes: u64) -> impl Iterator<Item = &'static Card> {
     let usable = |card: &Card| (card.bytes() as f64 * SHARE_OF_GPU) as u64;
     CARDS.iter().filter(move |card| card.matrix.is_some() && usable(card) >= bytes)

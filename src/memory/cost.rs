@@ -56,12 +56,12 @@ pub struct Work {
 }
 
 impl Work {
-    /// Predicted seconds at these rates.
+    /// Returns the predicted seconds at these rates.
     pub fn seconds(&self, rates: &Rates) -> f64 {
         self.seconds_with(rates, LAUNCH_SECONDS)
     }
 
-    /// The same if a graph launches the kernels.
+    /// Returns the same if a graph launches the kernels.
     pub fn seconds_by_graph(&self, rates: &Rates) -> f64 {
         self.seconds_with(rates, GRAPH_SECONDS)
     }
@@ -74,7 +74,7 @@ impl Work {
         busy.max(self.launches * launch).max(linked) + linked * LINK_SHOWN
     }
 
-    /// FLOPs of products and attention.
+    /// Returns the FLOPs of products and attention.
     pub fn flops(&self) -> f64 {
         self.matrix + self.eight_bits + self.attention
     }
@@ -108,8 +108,8 @@ pub const GRADIENT_PIECES: usize = 8;
 /// Share of a pass that is its way back, beside which sums run.
 const BACKWARD: f64 = 0.5;
 
-/// The share of their added speeds that all ranks reach together, if a step has a pass of `seconds` on each. Ranks that
-/// share the base sum their gradients behind the pass.
+/// Returns the share of their added speeds that all ranks reach together, if a step has a pass of `seconds` on each.
+/// Ranks that share the base sum their gradients behind the pass.
 pub(super) fn efficiency(task: &Task, machine: &Machine, residency: Residency, seconds: f64) -> f64 {
     let ranks = machine.ranks as f64;
     if machine.ranks == 1 {
@@ -139,8 +139,8 @@ pub(super) struct Counter<'a> {
 }
 
 impl Counter<'_> {
-    /// Forward and backward pass of a layer that keeps everything. `trained`: the layer is not below the lowest
-    /// adapted one, so that gradients pass through it.
+    /// Returns the work of the forward and backward pass of a layer that keeps everything. `trained`: the layer is not
+    /// below the lowest adapted one, so that gradients pass through it.
     pub fn layer(&self, layer: usize, trained: bool) -> Work {
         let facts = &self.task.facts;
         let products = || facts.layers[layer].projections().map(|p| self.product(layer, p)).sum::<Work>();
@@ -163,7 +163,7 @@ impl Counter<'_> {
         if trained { forward + backward } else { forward }
     }
 
-    /// The work that the backward pass of a layer repeats because of a level.
+    /// Returns the work that the backward pass of a layer repeats because of a level.
     pub fn again(&self, layer: usize, keep: Keep) -> Work {
         let facts = &self.task.facts;
         let attention = &facts.layers[layer].attention;
@@ -190,7 +190,8 @@ impl Counter<'_> {
         steps[..=depth].iter().copied().sum()
     }
 
-    /// The output head over all rows, which is the most that can be supervised: loss and gradient.
+    /// Returns the work of the output head, loss and gradient, over all rows, which is the largest number that can be
+    /// supervised.
     pub fn head(&self) -> Work {
         let values = (self.task.facts.vocab * self.task.facts.width) as f64;
         let logits = (self.tokens * self.task.facts.vocab) as f64 * self.element();
@@ -202,7 +203,7 @@ impl Counter<'_> {
         }
     }
 
-    /// The optimizer: three f32 passes over the adapter, and two over its moments.
+    /// Returns the work of the optimizer: three f32 passes over the adapter, and two over its moments.
     pub fn update(&self) -> Work {
         let parameters = self.task.parameters();
         Work {
@@ -212,8 +213,8 @@ impl Counter<'_> {
         }
     }
 
-    /// One product with a frozen weight. A GPU expands a 4-bit weight before it, if it is not kept expanded; a CPU does
-    /// so while it packs panels.
+    /// Returns the work of one product with a frozen weight. A GPU expands a 4-bit weight before it, if it is not kept
+    /// expanded; a CPU does so while it packs panels.
     fn product(&self, layer: usize, projection: &Projection) -> Work {
         let values = (projection.rows * projection.cols) as f64;
         let is_kept = layer + self.expanded >= self.task.facts.layers.len();
@@ -227,7 +228,8 @@ impl Counter<'_> {
         };
         let flops = 2.0 * values * self.tokens as f64;
         if in_8_bits {
-            // Cards that do not scale in the product write sums, read them and what they are added to, and write again.
+            // Cards that do not scale within the product write sums, read them and the base of the sum, and write the
+            // result.
             let width = (projection.rows + projection.cols) as f64 / 2.0;
             let behind = if self.machine.scales_8_bits() { 0.0 } else { 3.0 * self.tokens as f64 * width };
             let bytes = expand + behind * self.element();
@@ -236,21 +238,24 @@ impl Counter<'_> {
         Work { matrix: flops, bytes: expand, ..Work::default() }
     }
 
-    /// The input of layers that read the same, rounded to 8 bits. No block has a whole row of attention's output.
+    /// Returns the work of rounding the shared input of layers to 8 bits. No block has a whole row of attention's
+    /// output.
     fn rounded_input(&self, layer: usize, group: &[Projection]) -> Work {
         let [_, output, ..] = terms::groups(&self.task.facts, layer);
         self.rounded(layer, group, &group[0], group[0].cols, group[0].path == output[0].path)
     }
 
-    /// The gradient of their outputs. No block has a whole row of that of queries, keys and values.
+    /// Returns the work of rounding the gradient of their outputs. No block has a whole row of the gradient of queries,
+    /// keys and values.
     fn rounded_gradient(&self, layer: usize, group: &[Projection]) -> Work {
         let [projected, ..] = terms::groups(&self.task.facts, layer);
         let apart = group[0].path == projected[0].path;
         group.iter().map(|p| self.rounded(layer, group, p, p.rows, apart)).sum()
     }
 
-    /// An operand of `width` columns rounded to 8 bits, for a product with a frozen weight: `apart` in a pass of its
-    /// own. The kernel that makes it rounds it only for layers that have their pairs in its spare columns.
+    /// Returns the work of rounding an operand of `width` columns to 8 bits, for a product with a frozen weight:
+    /// `apart` in a pass of its own. The kernel that makes it rounds it only for layers that have their pairs in its
+    /// spare columns.
     fn rounded(
         &self,
         layer: usize,
@@ -269,8 +274,9 @@ impl Counter<'_> {
         }
     }
 
-    /// Forward and backward pass of the pairs of layers that read the same input. Inside the product with the weight,
-    /// they cost its longer contraction, two passes over the input, and one or two over the gradient of the outputs.
+    /// Returns the work of the pairs of layers that read the same input, forward and backward. Inside the product with
+    /// the weight, they cost its longer contraction, two passes over the input, and one or two over the gradient of the
+    /// outputs.
     fn pairs(&self, layer: usize, group: &[Projection]) -> Work {
         let sites = || group.iter().filter_map(|p| terms::site(self.task, layer, p));
         let spare = terms::spare(self.task, self.machine.place, layer, group, self.tokens) as f64;
@@ -286,7 +292,7 @@ impl Counter<'_> {
         // In 8 bits, products of the pairs' own write what the weights' products add to.
         let in_8_bits = group.iter().all(|p| self.task.in_8_bits(p.rows, p.cols));
         let passes = passes + if in_8_bits { 2.0 * around } else { 0.0 };
-        // With dropout, inputs are copied twice, and what goes through a pair is copied and added.
+        // With dropout, inputs are copied twice, and a pair's results are copied and added.
         let passes = passes + if self.task.dropout { 9.0 * cols * sites().count() as f64 } else { 0.0 };
         let gradients: f64 = sites().map(|site| site.parameters() as f64).sum();
         Work {
@@ -298,7 +304,7 @@ impl Counter<'_> {
         }
     }
 
-    /// A pair's forward and backward pass: six skinny products, each a pass over its wide operand.
+    /// Returns the work of a pair's forward and backward pass: six skinny products, each a pass over its wide operand.
     fn pair(&self, rank: usize, projection: &Projection) -> Work {
         let (tokens, around) = (self.tokens as f64, (projection.rows + projection.cols) as f64);
         Work {
@@ -309,8 +315,8 @@ impl Counter<'_> {
         }
     }
 
-    /// The work that DoRA's magnitudes add to a pair: the frozen product again in the backward pass, three passes over
-    /// its output forward and four backward; with dropout two products more.
+    /// Returns the work that DoRA's magnitudes add to a pair: the frozen product again in the backward pass, three
+    /// passes over its output forward and four backward; with dropout two products more.
     fn magnitudes(&self, site: &Site) -> Work {
         if !site.dora {
             return Work::default();
@@ -321,7 +327,8 @@ impl Counter<'_> {
         (0..products).map(|_| self.product(site.layer, &site.projection)).sum::<Work>() + passes
     }
 
-    /// Causal attention: half of all pairs of rows, at most a window's worth; the mean over the layers' windows.
+    /// Returns the work of causal attention: half of all pairs of rows, at most a window's worth; the mean over the
+    /// layers' windows.
     fn attention(&self, times: f64) -> Work {
         let facts = &self.task.facts;
         let heads = facts.heads();

@@ -53,7 +53,7 @@ pub struct Rates {
 const NETWORK: f64 = 2.8e9;
 
 impl Rates {
-    /// The rates of a device whose others are on several machines.
+    /// Returns the rates of a device whose others are on several machines.
     pub fn over_a_network(self) -> Rates {
         Rates { peer: self.peer.min(NETWORK), ..self }
     }
@@ -103,7 +103,7 @@ impl Machine {
         self.capability == Some((9, 0))
     }
 
-    /// So many machines like this one, whose ranks all train together.
+    /// Returns `machines` machines like this one, whose ranks all train together.
     pub fn times(self, machines: usize) -> Machine {
         if machines <= 1 {
             return self;

@@ -1,12 +1,13 @@
-//! Facts, adapter and available memory -> what each layer keeps and how many tokens a pass takes. If nothing fits,
-//! the fault gives the numbers.
+//! Facts, adapter and available memory -> the level of each layer and the tokens of a pass. If nothing fits, the fault
+//! gives the numbers.
 //!
 //! The weights of the layers lie on the device if they fit. If not, the ranks share them, or they are streamed from
-//! host memory (`Residency`). A pass needs memory for what is always there (`terms::fixed`), for what the layers keep
-//! (`Keep`, layer by layer), and for one layer at work. A GPU may also keep the 4-bit weights of layers expanded, so
-//! that their products need not expand them. Among the combinations that fit, the plan takes the number of tokens, the
-//! levels and the kept weights with the most tokens per second (`cost`): a gigabyte goes where it saves the most
-//! milliseconds. Results do not depend on it: an optimizer step has the same examples and the same sum of gradients.
+//! host memory (`Residency`). A pass needs memory for values that are always there (`terms::fixed`), for values that
+//! the layers keep (`Keep`, layer by layer), and for one layer at work. A GPU may also keep the 4-bit weights of layers
+//! expanded, so that their products need not expand them. Among the combinations that fit, the plan takes the number of
+//! tokens, the levels and the kept weights with the most tokens per second (`cost`), since memory should go to the use
+//! that saves the most time. Results do not depend on it: an optimizer step has the same examples and the same sum of
+//! gradients.
 
 pub mod card;
 pub mod cost;
@@ -74,7 +75,7 @@ impl Running {
         true
     }
 
-    /// The place of the layers' weights in a decoder for this plan. `ranks` train together.
+    /// Returns the place of the layers' weights in a decoder for this plan. `ranks` train together.
     pub fn home(&self, ranks: Arc<dyn Collective>) -> Home {
         match self.plan.residency {
             Residency::Resident => Home::Device,
@@ -83,21 +84,21 @@ impl Running {
         }
     }
 
-    /// The plan as a table for people.
+    /// Returns the plan as a table for people.
     pub fn table(&self) -> String {
         self.plan.table(&self.task, &self.machine)
     }
 }
 
 impl Machine {
-    /// The opened device with the memory that is free on it now.
+    /// Returns the opened device with the memory that is free on it now.
     pub fn of(device: &Device, limit: Option<Limit>) -> Machine {
         let name = device::name(device);
         let place = match device {
             Device::Cpu => Place::Cpu { threads: rayon::current_num_threads() },
             _ => Place::Gpu,
         };
-        // If the system does not say what is free, nothing is refused.
+        // If the system does not report free memory, nothing is refused.
         let free = device::memory_free(device).unwrap_or(u64::MAX / 2);
         let rates = match place {
             Place::Cpu { threads } => card::cpu_rates(threads),
@@ -131,13 +132,13 @@ pub fn check_precision(precision: Precision, machine: &Machine) -> Result<()> {
     .help("remove `compute`, or use an L4, L40S, RTX 4090, H100, H200 or newer GPU"))
 }
 
-/// Host memory that a plan may take for weights.
+/// Returns the host memory that a plan may take for weights.
 fn machine_memory() -> Option<u64> {
     crate::machine::memory_available().map(|bytes| (bytes as f64 * SHARE_OF_HOST) as u64)
 }
 
 /// Returns the fastest plan that fits, with the weights of the layers on the device if there is one. If none fits, the
-/// capacity fault lists the largest terms and what would help.
+/// capacity fault lists the largest terms and the remedies.
 ///
 /// # Errors
 /// Capacity: nothing fits. Config: the task names a residency that the base or the number of ranks does not allow,
@@ -153,7 +154,7 @@ pub fn solve(task: &Task, machine: &Machine) -> Result<Plan> {
     })
 }
 
-/// The possible places of the layers' weights, from the fastest to the slowest.
+/// Returns the possible places of the layers' weights, from the fastest to the slowest.
 fn residencies(task: &Task, machine: &Machine) -> Result<Vec<Residency>> {
     let allowed = |residency: Residency| match (residency, task.quantization) {
         (Residency::Resident, _) => Ok(()),
@@ -172,21 +173,21 @@ fn residencies(task: &Task, machine: &Machine) -> Result<Vec<Residency>> {
     Ok(Residency::ALL.into_iter().filter(useful).filter(|residency| allowed(*residency).is_ok()).collect())
 }
 
-/// Bytes of passes of `tokens` tokens with every layer at one level, whether they fit or not.
+/// Returns the number of bytes of passes of `tokens` tokens with every layer at one level, whether they fit or not.
 pub fn needed(task: &Task, machine: &Machine, tokens: usize, keep: Keep) -> u64 {
     Solver::new(task, machine, Residency::Resident)
         .describe(tokens, &vec![keep; task.facts.layers.len()], 0)
         .bytes()
 }
 
-/// FLOPs of a step of `tokens` tokens if nothing is computed again; utilisation is measured by it.
+/// Returns the FLOPs of a step of `tokens` tokens if nothing is computed again; utilisation is measured by it.
 pub fn useful_flops(task: &Task, machine: &Machine, tokens: usize) -> f64 {
     let everything = vec![Keep::Everything; task.facts.layers.len()];
     Solver::new(task, machine, Residency::Resident).work(tokens, &everything, 0).flops()
 }
 
-/// The plan to continue with if `plan` ran out of memory; `None` after the smallest. Weights that are kept expanded go
-/// first, and do not come back.
+/// Returns the plan to continue with if `plan` ran out of memory; `None` after the smallest. Weights that are kept
+/// expanded go first, and do not come back.
 pub fn next_smaller(task: &Task, machine: &Machine, plan: &Plan) -> Option<Plan> {
     // The weights lie where they were loaded.
     let solver = Solver { may_expand: false, ..Solver::new(task, machine, plan.residency) };
@@ -210,7 +211,8 @@ struct Solver<'a> {
     weights: Layers,
     /// Whether weights may be kept expanded.
     may_expand: bool,
-    /// Bytes of what does not grow with the tokens, if the weights of the upper 0, 1, 2, ... layers are kept expanded.
+    /// Bytes of the terms that do not grow with the tokens, if the weights of the upper 0, 1, 2, ... layers are kept
+    /// expanded.
     fixed_bytes: Vec<u64>,
 }
 
@@ -230,15 +232,15 @@ impl<'a> Solver<'a> {
         Solver { task, machine, kept, lowest, weights, may_expand, fixed_bytes }
     }
 
-    /// Returns whether the hosts have room for what lies there, over all ranks.
+    /// Returns whether the hosts have room for the weights that lie there, over all ranks.
     fn fits_the_host(&self) -> bool {
         let bytes = self.weights.host_bytes(self.task, self.machine.place);
         self.machine.host.is_none_or(|host| bytes.saturating_mul(self.machine.ranks as u64) <= host)
     }
 
-    /// The fastest plan within `room` bytes, over passes of the most tokens, half as many, and so on. Passes are not
-    /// made shorter to make room for expanded weights: what many short passes lose between launches is not in the
-    /// roofline.
+    /// Returns the fastest plan within `room` bytes, over passes of the most tokens, half as many, and so on. Passes
+    /// are not made shorter to make room for expanded weights, because the roofline does not count the time that many
+    /// short passes lose between launches.
     fn within(&self, room: u64) -> Option<Plan> {
         let (least, most) =
             (self.task.tokens_min.max(1), self.task.tokens_max.max(self.task.tokens_min).max(1));
@@ -253,7 +255,7 @@ impl<'a> Solver<'a> {
         plain.map(|plain| self.with_expanded(plain, room))
     }
 
-    /// The fastest plan within `room` bytes for passes of `tokens` tokens.
+    /// Returns the fastest plan within `room` bytes for passes of `tokens` tokens.
     #[cfg(test)]
     fn levels(&self, tokens: usize, room: u64) -> Option<Plan> {
         self.without_expanded(tokens, room).map(|plain| self.with_expanded(plain, room))
@@ -264,9 +266,9 @@ impl<'a> Solver<'a> {
         Some(self.describe(tokens, &keep, 0))
     }
 
-    /// A plan with expanded weights, if there is a faster one. Memory goes where it saves the most milliseconds: to the
-    /// levels first and to expanded weights if all of these are the best, or to all weights first and to levels with
-    /// what is left, which is faster in narrow layers.
+    /// Returns a plan with expanded weights, if there is a faster one. Two orders are tried: memory goes to the levels
+    /// first, and to expanded weights if all levels are the best; or to all weights first and to levels with the rest,
+    /// which is faster in narrow layers.
     fn with_expanded(&self, plain: Plan, room: u64) -> Plan {
         if !self.may_expand {
             return plain;
@@ -281,7 +283,7 @@ impl<'a> Solver<'a> {
         [behind, before].into_iter().flatten().fold(plain, faster)
     }
 
-    /// The most layers whose weights can be kept expanded beside these levels.
+    /// Returns the most layers whose weights can be kept expanded beside these levels.
     fn expanded_within(&self, tokens: usize, keep: &[Keep], room: u64) -> usize {
         let growing = self.growing(tokens, keep).iter().sum::<u64>();
         (0..=self.kept.len())
@@ -290,7 +292,7 @@ impl<'a> Solver<'a> {
             .unwrap_or(0)
     }
 
-    /// The levels that recompute least within `room` bytes beside `expanded` layers of expanded weights.
+    /// Returns the levels that recompute least within `room` bytes beside `expanded` layers of expanded weights.
     ///
     /// Layers have the same shape, so the best mixture has two levels and, in one layer between them, a third. All
     /// such mixtures are tried. Upper layers keep more, because the backward pass frees them first.
@@ -321,7 +323,8 @@ impl<'a> Solver<'a> {
         best.map(|(_, keep)| keep)
     }
 
-    /// As many layers at `high` as fit and the others at `low`; the highest of these gets the best level that fits.
+    /// Returns levels with as many layers at `high` as fit and the others at `low`. The highest of the others gets the
+    /// best level that fits.
     fn mixture(
         &self,
         low: (Keep, f64),
@@ -348,7 +351,7 @@ impl<'a> Solver<'a> {
         Some(keep)
     }
 
-    /// The level with the fewest bytes.
+    /// Returns the level with the fewest bytes.
     fn least(&self) -> Keep {
         self.task.keep.unwrap_or(match self.machine.place {
             // On a CPU, host memory is the same memory.
@@ -357,12 +360,12 @@ impl<'a> Solver<'a> {
         })
     }
 
-    /// The plan with the fewest bytes.
+    /// Returns the plan with the fewest bytes.
     fn smallest(&self) -> Plan {
         self.describe(self.task.tokens_min.max(1), &vec![self.least(); self.kept.len()], 0)
     }
 
-    /// Bytes of host memory for inputs of layers.
+    /// Returns the number of bytes of host memory for inputs of layers.
     fn host_inputs(&self, tokens: usize, keep: &[Keep]) -> u64 {
         let away = keep[self.lowest..].iter().filter(|keep| **keep == Keep::HostInputs).count();
         let bytes = self.task.facts.width * self.task.activation_bytes(self.machine.place);
@@ -380,7 +383,7 @@ impl<'a> Solver<'a> {
         self.machine.host.is_none_or(|host| bytes.saturating_mul(self.machine.ranks as u64) <= host)
     }
 
-    /// Bytes of what the layers keep, of one layer at work, and of gaps between blocks.
+    /// Returns the bytes of three terms: values that the layers keep, one layer at work, and gaps between blocks.
     fn growing(&self, tokens: usize, keep: &[Keep]) -> [u64; GROWING] {
         let (mut kept, mut missing) = (0, 0);
         for (layer, (values, keep)) in self.kept.iter().zip(keep).enumerate() {
@@ -400,7 +403,7 @@ impl<'a> Solver<'a> {
         [(kept * a_value) as u64, (worked * a_value) as u64, gaps as u64]
     }
 
-    /// The plan with these levels and the weights of so many layers expanded, whether it fits or not.
+    /// Returns the plan with these levels and the weights of so many layers expanded, whether it fits or not.
     fn describe(&self, tokens: usize, keep: &[Keep], expanded: usize) -> Plan {
         let mut terms = fixed(self.task, self.machine, self.weights, expanded);
         let names: [&str; GROWING] = ["kept by the layers", "one layer at work", "gaps between blocks"];
@@ -437,9 +440,9 @@ impl<'a> Solver<'a> {
         plan
     }
 
-    /// Bytes of weights that a pass copies to the device, and the seconds that it waits for them. It is `busy` seconds
-    /// long without waiting. Weights come while the layer before computes, so each direction of the pass takes as long
-    /// as the longer of both.
+    /// Returns the bytes of weights that a pass copies to the device, and the seconds that it waits for them. It is
+    /// `busy` seconds long without waiting. Weights come while the layer before computes, so each direction of the pass
+    /// takes as long as the longer of both.
     fn brought(&self, tokens: usize, busy: f64) -> (u64, f64) {
         let (rates, ranks) = (&self.machine.rates, self.machine.ranks as f64);
         let (share, rate) = match self.weights.residency {
@@ -470,7 +473,7 @@ impl<'a> Solver<'a> {
     }
 }
 
-/// The terms that do not grow with the tokens of a pass, if the weights of the upper `expanded` layers are kept
+/// Returns the terms that do not grow with the tokens of a pass, if the weights of the upper `expanded` layers are kept
 /// expanded.
 fn fixed(task: &Task, machine: &Machine, weights: Layers, expanded: usize) -> Vec<Term> {
     let taken = Term { what: "context and kernels".into(), bytes: machine.taken };
@@ -522,7 +525,7 @@ fn refusal(solver: &Solver) -> Fault {
     .help(help.join("; "))
 }
 
-/// Longest example with which the smallest plan fits; 0 if there is none.
+/// Returns the longest example with which the smallest plan fits; 0 if there is none.
 fn longest_that_fits(task: &Task, machine: &Machine) -> usize {
     let fits = |tokens: usize| {
         let task = Task { tokens_min: tokens, ..task.clone() };

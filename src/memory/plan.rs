@@ -1,10 +1,10 @@
-//! How a run uses its memory: levels, tokens per pass, and everything that takes bytes.
+//! The memory plan of a run: levels, tokens per pass, and everything that takes bytes.
 
 use super::terms::Term;
 use crate::facts::{Keep, Residency};
 use crate::ops::change::Change;
 
-/// How a run uses its memory.
+/// The memory plan of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     /// The level of each layer.
@@ -47,23 +47,24 @@ pub(super) const GROWING: usize = 3;
 const GRAPHS: u64 = 256 << 20;
 
 impl Plan {
-    /// Bytes of all terms.
+    /// Returns the number of bytes of all terms.
     pub fn bytes(&self) -> u64 {
         self.terms.iter().map(|term| term.bytes).sum()
     }
 
-    /// Predicted tokens per second of one rank.
+    /// Returns the predicted tokens per second of one rank.
     pub fn tokens_per_second(&self) -> f64 {
         self.tokens as f64 / self.seconds
     }
 
-    /// Predicted tokens per second of all ranks, if each has passes in every step.
+    /// Returns the predicted tokens per second of all ranks, if each has passes in every step.
     pub fn tokens_per_second_in_all(&self) -> f64 {
         self.tokens_per_second() * self.ranks as f64 * self.efficiency
     }
 
-    /// Bytes that graphs of passes may take on a GPU, from what the plan leaves. The tensors of a pass lie in memory of
-    /// its graph. Those of a pass without one lie beside them, so that both need room.
+    /// Returns the number of bytes that graphs of passes may take on a GPU, of the memory that the plan leaves. The
+    /// tensors of a pass lie in memory of its graph. Those of a pass without one lie beside them, so that both need
+    /// room.
     pub fn graph_bytes(&self) -> u64 {
         let bytes = self.growing() + GRAPHS;
         let has = self.residency == Residency::Resident

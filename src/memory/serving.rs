@@ -1,8 +1,8 @@
-//! Facts, adapters and the room there is -> how many tokens of keys and values a server keeps; refused with numbers
-//! if a single request does not fit.
+//! Facts, adapters and available memory -> the number of tokens whose keys and values a server keeps. If a single
+//! request does not fit, the fault gives the numbers.
 //!
-//! A server needs the weights, its adapters, what a step works in, and the cache, which takes the rest. A step has
-//! one row of every sequence that generates, and at most two chunks of prompts.
+//! A server needs the weights, its adapters, the memory of a step, and the cache, which takes the rest. A step has one
+//! row of every sequence that generates, and at most two chunks of prompts.
 
 use serde_json::{Value as Json, json};
 
@@ -18,12 +18,12 @@ use crate::words::size;
 
 use super::terms::{Layers, Term};
 
-/// Buffers of connections, bodies of requests, tokenizer, and what the allocator keeps.
+/// Buffers of connections, bodies of requests, tokenizer, and freed memory that the allocator keeps.
 const PROCESS_BYTES: u64 = 256 << 20;
 /// Query rows of one task of attention on a CPU.
 const ATTENTION_ROWS: usize = 64;
 
-/// How keys and values are kept.
+/// The type of keys and values in the cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CacheType {
     /// Two bytes for each value.
@@ -36,7 +36,7 @@ pub enum CacheType {
 }
 
 impl CacheType {
-    /// The bytes of one value.
+    /// Returns the bytes of one value.
     pub fn bytes(self) -> usize {
         match self {
             CacheType::Bf16 => 2,
@@ -45,7 +45,7 @@ impl CacheType {
         }
     }
 
-    /// As it is written in flags and tables.
+    /// Returns the name in flags and tables.
     pub fn name(self) -> &'static str {
         match self {
             CacheType::Bf16 => "bf16",
@@ -57,7 +57,7 @@ impl CacheType {
     /// Reads the value of `--cache-type`.
     ///
     /// # Errors
-    /// Another name, and what is expected.
+    /// The name is not known; the message lists the names.
     pub fn parse(text: &str) -> std::result::Result<CacheType, String> {
         match text {
             "bf16" => Ok(CacheType::Bf16),
@@ -76,7 +76,7 @@ impl CacheType {
 pub struct Served {
     /// The model.
     pub facts: Facts,
-    /// How linear layers are held.
+    /// The storage of linear layers.
     pub quantization: Quantization,
     /// Precision of products.
     pub precision: Precision,
@@ -88,11 +88,11 @@ pub struct Served {
     pub prompt_rows: usize,
     /// Most sequences that run at once.
     pub sequences: usize,
-    /// Most tokens of prompt and answer together; `None`: what the model was made for, as far as it fits.
+    /// Most tokens of prompt and answer together. `None`: the length that the model was made for, as far as it fits.
     pub context: Option<usize>,
     /// Tokens of the cache; `None`: as many as fit, up to all sequences of the whole context.
     pub cache_tokens: Option<usize>,
-    /// How keys and values are kept.
+    /// The type of keys and values in the cache.
     pub cache: CacheType,
 }
 
@@ -111,11 +111,11 @@ pub struct Plan {
     pub terms: Vec<Term>,
     /// The memory of the machine that it is for.
     pub memory: u64,
-    /// How keys and values are kept.
+    /// The type of keys and values in the cache.
     pub cache: CacheType,
 }
 
-/// Bytes of keys and values of one token in all layers.
+/// Returns the number of bytes of keys and values of one token in all layers.
 pub fn token_bytes(facts: &Facts, cache: CacheType) -> u64 {
     let layer =
         |layer: &LayerFacts| 2 * layer.attention.heads.key * layer.attention.heads.width * cache.bytes();
@@ -170,7 +170,7 @@ struct Solver<'a> {
 }
 
 impl Solver<'_> {
-    /// Whole pages that fit, in tokens.
+    /// Returns the whole pages that fit, in tokens.
     fn fits(&self) -> usize {
         let most = self.served.facts.positions_max;
         let context = |tokens: usize| self.served.context.unwrap_or(most).min(tokens.max(1));
@@ -238,12 +238,12 @@ impl Solver<'_> {
         }
     }
 
-    /// Rows of the largest step.
+    /// Returns the number of rows of the largest step.
     fn rows(&self) -> usize {
         self.served.sequences.max(1) + self.served.prompt_rows
     }
 
-    /// The widest moment of a layer's forward pass.
+    /// Returns the bytes of a layer's forward pass in its widest moment.
     fn activations(&self, task: &Task) -> u64 {
         let facts = &self.served.facts;
         let layers = 0..facts.layers.len();
@@ -251,7 +251,7 @@ impl Solver<'_> {
         (self.rows() * widest * task.activation_bytes(self.machine.place)) as u64
     }
 
-    /// On the device, and on the host as f32: of every row if the prompts are scored.
+    /// Returns the bytes of logits on the device, and on the host as f32: of every row if the prompts are scored.
     fn logits(&self) -> u64 {
         (2 * self.rows() * self.served.facts.vocab * 4) as u64
     }
@@ -294,12 +294,12 @@ impl Solver<'_> {
 }
 
 impl Plan {
-    /// All terms together.
+    /// Returns the sum of all terms.
     pub fn bytes(&self) -> u64 {
         self.terms.iter().map(|term| term.bytes).sum()
     }
 
-    /// `context 4096 tokens; the cache holds 65536 tokens of 384 KiB each`
+    /// Returns a line such as `context 4096 tokens; the cache holds 65536 tokens of 384 KiB each, and 70000 would fit`.
     pub fn choice(&self) -> String {
         format!(
             "context {} tokens; the cache holds {} tokens of {} each, and {} would fit",
@@ -310,7 +310,7 @@ impl Plan {
         )
     }
 
-    /// One line a term, the sum, and what was chosen.
+    /// Returns the table: one line for each term, the sum, and the chosen sizes.
     pub fn table(&self, machine: &Machine) -> String {
         let wide = self.terms.iter().map(|term| term.what.len()).max().unwrap_or(0).max(8);
         let line = |what: &str, bytes: u64| format!("{what:<wide$}  {:>10}\n", size(bytes));
@@ -320,8 +320,8 @@ impl Plan {
         table + &format!("{}\n", self.choice())
     }
 
-    /// `{"machine", "terms": {what: bytes}, "bytes", "memory", "context", "cache_tokens", "cache_tokens_fit",
-    /// "token_bytes", "cache_type"}`
+    /// Returns `{"machine", "terms": {what: bytes}, "bytes", "memory", "context", "cache_tokens", "cache_tokens_fit",
+    /// "token_bytes", "cache_type"}`.
     pub fn json(&self, machine: &Machine) -> Json {
         let terms: serde_json::Map<String, Json> =
             self.terms.iter().map(|term| (term.what.clone(), term.bytes.into())).collect();

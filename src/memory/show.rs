@@ -12,7 +12,7 @@ use super::plan::Plan;
 use super::task::Task;
 use super::terms::EXPANDED;
 
-/// The terms in one line, largest first.
+/// Returns the terms in one line, largest first.
 pub(super) fn list(plan: &Plan) -> String {
     let mut terms: Vec<_> = plan.terms.iter().filter(|term| term.bytes > 0).collect();
     terms.sort_by_key(|term| std::cmp::Reverse(term.bytes));
@@ -20,7 +20,7 @@ pub(super) fn list(plan: &Plan) -> String {
 }
 
 impl Plan {
-    /// The table: one line per term, the sum, and what was chosen.
+    /// Returns the table: one line per term, the sum, and the chosen tokens and levels.
     pub fn table(&self, task: &Task, machine: &Machine) -> String {
         let wide = self.terms.iter().map(|term| term.what.len()).max().unwrap_or(0).max(8);
         let line = |what: &str, bytes: u64| format!("{what:<wide$}  {:>10}\n", size(bytes));
@@ -36,7 +36,7 @@ impl Plan {
         table
     }
 
-    /// The chosen tokens and levels: `4096 tokens a pass; kept: everything in 20 layers, layer-inputs in 12`.
+    /// Returns the chosen tokens and levels: `4096 tokens a pass; kept: everything in 20 layers, layer-inputs in 12`.
     pub fn choice(&self) -> String {
         let of = |level: Keep| (level, self.keep.iter().filter(|keep| **keep == level).count());
         let levels = Keep::ALL.into_iter().map(of).filter(|(_, layers)| *layers > 0);
@@ -44,7 +44,7 @@ impl Plan {
         format!("{} tokens a pass; kept: {}", self.tokens, levels.collect::<Vec<_>>().join(", "))
     }
 
-    /// The line about the time that expanded weights save.
+    /// Returns the line about the time that expanded weights save.
     fn expanded(&self) -> Option<String> {
         let bytes: u64 =
             self.terms.iter().filter(|term| term.what.starts_with(EXPANDED)).map(|term| term.bytes).sum();
@@ -61,7 +61,7 @@ impl Plan {
         })
     }
 
-    /// The line about inputs of layers that are copied to the host, and back when they are needed.
+    /// Returns the line about inputs of layers that are copied to the host, and back when they are needed.
     fn inputs(&self, machine: &Machine) -> Option<String> {
         let layers = self.keep.iter().filter(|keep| **keep == Keep::HostInputs).count();
         (self.host_inputs > 0).then(|| {
@@ -74,7 +74,7 @@ impl Plan {
         })
     }
 
-    /// The line about graphs of passes.
+    /// Returns the line about graphs of passes.
     fn graphs(&self, machine: &Machine) -> Option<String> {
         (machine.place == Place::Gpu && self.graph_bytes() > 0).then(|| {
             format!(
@@ -85,7 +85,7 @@ impl Plan {
         })
     }
 
-    /// The line about the place of the layers' weights, if it is not the device, and about its cost.
+    /// Returns the line about the place of the layers' weights, if it is not the device, and about its cost.
     fn weights(&self, machine: &Machine) -> Option<String> {
         let (what, rate) = match self.residency {
             Residency::Resident => return None,
@@ -134,7 +134,7 @@ impl Plan {
         ) + &self.together()
     }
 
-    /// The speed of all ranks, if there are several.
+    /// Returns the speed of all ranks, if there are several.
     fn together(&self) -> String {
         match self.ranks {
             1 => String::new(),
@@ -146,7 +146,7 @@ impl Plan {
         }
     }
 
-    /// The plan as `{"terms": {what: bytes}, "bytes", "memory", "tokens", "keep": [...], "tokens_per_second",
+    /// Returns the plan as `{"terms": {what: bytes}, "bytes", "memory", "tokens", "keep": [...], "tokens_per_second",
     /// "rates"}`.
     pub fn json(&self, machine: &Machine) -> Json {
         let terms: serde_json::Map<String, Json> =

@@ -27,7 +27,7 @@ pub struct Task {
     pub sites: Vec<Site>,
     /// The trained rows of tables of tokens.
     pub tokens: Vec<TokenRows>,
-    /// How the base's linear layers are stored.
+    /// The storage of the base's linear layers.
     pub quantization: Quantization,
     /// The precision of matrix products.
     pub precision: Precision,
@@ -51,19 +51,19 @@ pub struct Task {
 }
 
 impl Task {
-    /// Number of trained parameters.
+    /// Returns the number of trained parameters.
     pub fn parameters(&self) -> usize {
         let rows = self.tokens.iter().map(|rows| rows.values().len());
         self.sites.iter().map(Site::parameters).chain(rows).sum()
     }
 
-    /// The lowest layer that the backward pass reaches.
+    /// Returns the lowest layer that the backward pass reaches.
     pub fn lowest(&self) -> usize {
         sites::lowest(&self.sites, &self.tokens, self.facts.layers.len())
     }
 
-    /// Bytes of a value that is not quantised. On a GPU it is stored as activations are; on a CPU bf16 stays bf16
-    /// and other types become f32.
+    /// Returns the number of bytes of a value that is not quantised. On a GPU it is stored as activations are; on a CPU
+    /// bf16 stays bf16 and other types become f32.
     pub fn stored_bytes(&self, place: Place) -> usize {
         match place {
             Place::Cpu { .. } if self.bf16_checkpoint => 2,
@@ -76,7 +76,7 @@ impl Task {
         self.precision == Precision::Fp8 && fp8::takes(rows, cols)
     }
 
-    /// Bytes of an activation. On a GPU activations are stored in the precision of products.
+    /// Returns the number of bytes of an activation. On a GPU activations are stored in the precision of products.
     pub fn activation_bytes(&self, place: Place) -> usize {
         match (place, self.precision) {
             (Place::Gpu, Precision::Bf16 | Precision::Fp8) => 2,

@@ -1,4 +1,5 @@
-//! Facts and adapter -> bytes: of what is always there, of what each level keeps, of a layer at work.
+//! Facts and adapter -> bytes of three kinds: values that are always there, values that each level keeps, and a layer
+//! at work.
 
 use crate::facts::sites::Site;
 use crate::facts::{
@@ -40,14 +41,14 @@ pub(super) struct Layers {
 }
 
 impl Layers {
-    /// On the device.
+    /// Layers whose weights lie on the device.
     pub const RESIDENT: Layers = Layers { residency: Residency::Resident, ranks: 1 };
 
     fn pieces(self) -> usize {
         if self.residency == Residency::Shared { self.ranks } else { 1 }
     }
 
-    /// Bytes of each layer in a buffer.
+    /// Returns bytes of each layer in a buffer.
     pub fn buffers(self, task: &Task) -> Vec<usize> {
         let double = match task.quantization {
             Quantization::None => return Vec::new(),
@@ -62,7 +63,7 @@ impl Layers {
         layers.map(|layer| residency::buffer_bytes(layer.projections().map(parts), self.pieces())).collect()
     }
 
-    /// The part of the layers' weights that is in the device's memory.
+    /// Returns the part of the layers' weights that is in the device's memory.
     fn terms(self, task: &Task, place: Place) -> Vec<Term> {
         let linear: usize = task.facts.projections().map(|(_, p)| weight_bytes(task, p, place)).sum();
         let base = match task.quantization {
@@ -93,7 +94,7 @@ impl Layers {
             && residency::embedding_stays_on_host(&task.facts)
     }
 
-    /// Bytes of host memory: page-locked weights, and the embedding if it stays there.
+    /// Returns the number of bytes of host memory: page-locked weights, and the embedding if it stays there.
     pub fn host_bytes(self, task: &Task, place: Place) -> u64 {
         let streamed = self.residency == Residency::Streamed && place == Place::Gpu;
         let layers: usize = if streamed { self.buffers(task).iter().sum() } else { 0 };
@@ -104,7 +105,7 @@ impl Layers {
     }
 }
 
-/// Bytes of the second level of double-quantised scales.
+/// Returns the number of bytes of the second level of double-quantised scales.
 fn second_level(task: &Task) -> usize {
     let (Quantization::FourBit { double, .. } | Quantization::Stored { double, .. }) = task.quantization
     else {
@@ -114,7 +115,7 @@ fn second_level(task: &Task) -> usize {
     if double { task.facts.projections().map(|(_, p)| of(p)).sum() } else { 0 }
 }
 
-/// The model's own tensors.
+/// Returns the model's own tensors.
 pub(super) fn weights(task: &Task, place: Place, layers: Layers) -> Vec<Term> {
     let facts = &task.facts;
     let vectors = facts.tensors().into_iter().filter(|t| matches!(t.role, Role::NormWeight | Role::Bias));
@@ -133,7 +134,7 @@ fn term(what: &str, bytes: usize) -> Term {
     Term { what: what.into(), bytes: bytes as u64 }
 }
 
-/// Bytes of the weights of each layer if they are kept expanded; none if the weights are not 4-bit.
+/// Returns bytes of the weights of each layer if they are kept expanded; none if the weights are not 4-bit.
 pub(super) fn expanded_layers(task: &Task) -> Vec<usize> {
     let a_value = match task.quantization {
         Quantization::None => 0,
@@ -152,7 +153,7 @@ pub(super) fn expanded_layers(task: &Task) -> Vec<usize> {
     (0..task.facts.layers.len()).map(of_layer).collect()
 }
 
-/// Bytes more that are needed if the weights of the upper `kept` layers are kept expanded.
+/// Returns the number of bytes more that are needed if the weights of the upper `kept` layers are kept expanded.
 pub(super) fn added_by_expanded(task: &Task, place: Place, kept: usize) -> i64 {
     let layers = expanded_layers(task);
     let kept_bytes: usize = layers[layers.len() - kept..].iter().sum();
@@ -160,8 +161,8 @@ pub(super) fn added_by_expanded(task: &Task, place: Place, kept: usize) -> i64 {
     kept_bytes as i64 + working(kept) - working(0)
 }
 
-/// Memory that products work in, whatever they multiply. All weights but those of the upper `kept` layers are expanded
-/// for each product.
+/// Returns the memory that all products work in. All weights but those of the upper `kept` layers are expanded for each
+/// product.
 pub(super) fn workspace(task: &Task, place: Place, kept: usize) -> Vec<Term> {
     match place {
         Place::Gpu => vec![
@@ -175,7 +176,8 @@ pub(super) fn workspace(task: &Task, place: Place, kept: usize) -> Vec<Term> {
     }
 }
 
-/// The terms that do not grow with the tokens of a pass. The weights of the upper `kept` layers are kept expanded.
+/// Returns the terms that do not grow with the tokens of a pass. The weights of the upper `kept` layers are kept
+/// expanded.
 pub(super) fn fixed(task: &Task, place: Place, layers: Layers, kept: usize) -> Vec<Term> {
     let facts = &task.facts;
     let adapter = task.parameters();
@@ -204,12 +206,13 @@ pub(super) fn fixed(task: &Task, place: Place, layers: Layers, kept: usize) -> V
     terms
 }
 
-/// Bytes of the lengths that magnitudes are compared with: of the frozen rows, and of the rows as they are.
+/// Returns the number of bytes of the lengths that magnitudes are compared with: of the frozen rows, and of the rows as
+/// they are.
 fn length_bytes(site: &Site) -> usize {
     if site.dora { 8 * site.projection.rows } else { 0 }
 }
 
-/// Bytes of the optimizer's two moments of every parameter.
+/// Returns the number of bytes of the optimizer's two moments of every parameter.
 pub(super) fn moments(task: &Task) -> usize {
     let of_matrix = |values: usize| match task.eight_bit_moments {
         false => 8 * values,
@@ -229,14 +232,14 @@ fn weight_bytes(task: &Task, projection: &Projection, place: Place) -> usize {
     }
 }
 
-/// Values of the largest weight of the lower layers.
+/// Returns the number of values of the largest weight of the lower layers.
 fn largest(facts: &Facts, layers: usize) -> usize {
     let projections = facts.layers[..layers].iter().flat_map(|layer| layer.projections());
     projections.map(|p| p.rows * p.cols).max().unwrap_or(0)
 }
 
-/// The linear layers of a layer that read the same input: those into attention, out of it, into the activation, out of
-/// it.
+/// Returns the linear layers of a layer that read the same input: those into attention, out of it, into the activation,
+/// out of it.
 pub(super) fn groups(facts: &Facts, layer: usize) -> [&[Projection]; 4] {
     let layer = &facts.layers[layer];
     let (attention, FeedForward::Dense(dense)) = (&layer.attention, &layer.feed_forward);
@@ -244,7 +247,8 @@ pub(super) fn groups(facts: &Facts, layer: usize) -> [&[Projection]; 4] {
     [&attention.query_key_value, one(&attention.output), &dense.gate_up, one(&dense.down)]
 }
 
-/// Spare columns with which LoRA lies inside the product of such a group, in a pass of `tokens` tokens.
+/// Returns the number of spare columns with which LoRA lies inside the product of such a group, in a pass of `tokens`
+/// tokens.
 pub(super) fn spare(task: &Task, place: Place, layer: usize, group: &[Projection], tokens: usize) -> usize {
     let whole = task.precision != Precision::Fp8 || group.iter().all(|p| task.in_8_bits(p.rows, p.cols));
     if place != Place::Gpu || !whole || task.sites.iter().any(|site| site.dora) {
@@ -262,13 +266,13 @@ pub(super) fn spare(task: &Task, place: Place, layer: usize, group: &[Projection
     inside::spare(group[0].cols, &group.iter().map(member).collect::<Vec<_>>(), tokens)
 }
 
-/// The site of a layer's projection, if it has one.
+/// Returns the site of a layer's projection, if it has one.
 pub(super) fn site<'a>(task: &'a Task, layer: usize, p: &Projection) -> Option<&'a Site> {
     task.sites.iter().find(|site| site.layer == layer && site.projection.path == p.path)
 }
 
-/// Bytes of the largest weight of the lower layers in full, or of their largest group with its pairs inside. The
-/// weights of the upper `kept` layers are kept.
+/// Returns the number of bytes of the largest weight of the lower layers in full, or of their largest group with its
+/// pairs inside. The weights of the upper `kept` layers are kept.
 fn expanded(task: &Task, kept: usize) -> usize {
     let layers = task.facts.layers.len() - kept;
     if task.precision == Precision::Fp8 {
@@ -283,8 +287,9 @@ fn expanded(task: &Task, kept: usize) -> usize {
     whole.max().unwrap_or(0).max(single) * task.activation_bytes(Place::Gpu)
 }
 
-/// Bytes of the largest weight of the lower layers, in 8 bits or else in full, and of the largest group's memory for
-/// pairs beside each other. A weight that is not quantised is rounded anew for each product, in all layers.
+/// Returns the number of bytes of the largest weight of the lower layers, in 8 bits or else in full, and of the largest
+/// group's memory for pairs beside each other. A weight that is not quantised is rounded again for each product, in all
+/// layers.
 fn expanded_in_8_bits(task: &Task, layers: usize) -> usize {
     let (all, dense) = (&task.facts.layers, task.quantization == Quantization::None);
     let layers = if dense { &all[..] } else { &all[..layers] };
@@ -300,8 +305,9 @@ fn expanded_in_8_bits(task: &Task, layers: usize) -> usize {
     weight + pairs * task.activation_bytes(Place::Gpu)
 }
 
-/// Bytes for each token of an operand in 8 bits with its scale, and of a product that is scaled behind its sums; or of
-/// the gradients of gate and up, which lie there together, in the same moment as the widest others.
+/// Returns the number of bytes for each token of an operand in 8 bits with its scale, and of a product that is scaled
+/// behind its sums; or of the gradients of gate and up, which lie there together, in the same moment as the widest
+/// others.
 fn rounded(task: &Task, place: Place) -> usize {
     let of = |p: &Projection| match task.in_8_bits(p.rows, p.cols) {
         true => p.rows.max(p.cols) + 4 + p.rows.min(task.facts.width) * task.activation_bytes(place),
@@ -316,7 +322,7 @@ fn rounded(task: &Task, place: Place) -> usize {
     }
 }
 
-/// Values of a group with its pairs inside; `None` if they are not inside.
+/// Returns the number of values of a group with its pairs inside; `None` if they are not inside.
 fn expanded_group(task: &Task, layer: usize, group: &[Projection]) -> Option<usize> {
     let rows: usize = group.iter().map(|p| p.rows).sum();
     match spare(task, Place::Gpu, layer, group, task.tokens_max) {
@@ -338,7 +344,7 @@ fn scales(task: &Task) -> usize {
 pub(super) struct Kept([usize; Keep::ALL.len()]);
 
 impl Kept {
-    /// The values of layer `layer`; the ranks of its pairs are added to the widths.
+    /// Returns the values of layer `layer`; the ranks of its pairs are added to the widths.
     ///
     /// The input of attention's output projection is kept with its spare columns, if it has some.
     pub fn of(task: &Task, place: Place, layer: usize) -> Kept {
@@ -361,19 +367,19 @@ impl Kept {
         Kept(Keep::ALL.map(|keep| layer::kept_values(&task.facts, layer, rank, keep)))
     }
 
-    /// The values if everything is kept.
+    /// Returns the values if everything is kept.
     pub fn whole(&self) -> usize {
         self.at(Keep::Everything)
     }
 
-    /// The values at a level.
+    /// Returns the values at a level.
     pub fn at(&self, keep: Keep) -> usize {
         self.0[keep as usize]
     }
 }
 
-/// Values per token of a pair with magnitudes at work: the frozen product that they scale, and with dropout the masked
-/// input and its gradient.
+/// Returns the number of values per token of a pair with magnitudes at work: the frozen product that they scale, and
+/// with dropout the masked input and its gradient.
 fn dora_values(site: &Site, dropout: bool) -> usize {
     match (site.dora, dropout) {
         (false, _) => 0,
@@ -382,8 +388,8 @@ fn dora_values(site: &Site, dropout: bool) -> usize {
     }
 }
 
-/// Values per token that a pass needs in addition to what the layers keep: those of a layer's backward pass in its
-/// widest moment, or the rows around the output head. The larger number counts.
+/// Returns the number of values per token that a pass needs in addition to the values that the layers keep: those of a
+/// layer's backward pass in its widest moment, or the rows around the output head. The larger number counts.
 pub(super) fn working(task: &Task, place: Place) -> usize {
     let facts = &task.facts;
     let layers = 0..facts.layers.len();

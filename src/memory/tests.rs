@@ -81,7 +81,7 @@ fn less_memory_recomputes_more_and_always_fits() {
             break;
         };
         assert!(plan.bytes() <= machine.memory);
-        // Weights that no longer fit lie on the host, which leaves more room for what layers keep.
+        // Weights that no longer fit lie on the host, which leaves more room for the values that layers keep.
         if let Some(last) = last.as_ref().filter(|last| last.residency == plan.residency) {
             let (slower, faster) = (plan.tokens_per_second(), last.tokens_per_second());
             assert!(
@@ -131,7 +131,7 @@ fn the_mix_is_close_to_the_best_of_all() {
     }
 }
 
-/// In narrow layers an expanded weight saves more for its bytes than what is kept for it.
+/// In narrow layers an expanded weight saves more time for its bytes than values that the layers keep.
 #[test]
 fn narrow_layers_expand_their_weights_first() {
     let mut narrow = crate::facts::shapes::facts("tiny").unwrap();
@@ -161,7 +161,7 @@ fn weights_are_kept_expanded_with_what_is_left() {
     assert!((plan.expanded_saves / saved - 1.0).abs() < 0.01, "{} of {saved}", plan.expanded_saves);
     let text = plan.table(&task, &gpu("h200"));
     assert!(text.contains("weights of 32 of 32 layers are kept expanded beside their 4 bits"), "{text}");
-    // Less memory: what layers keep comes first, then as many layers as fit.
+    // With less memory, the values that layers keep come first, then as many expanded layers as fit.
     let some = solve(&task, &with_memory(16 << 30)).unwrap();
     assert_eq!(some.keep, [Keep::Everything; 32]);
     assert!((1..32).contains(&some.expanded), "{}", some.expanded);
@@ -348,7 +348,7 @@ fn products_in_8_bits_are_planned_and_refused_by_card() {
     assert!(solve(&fp8, &cpu).unwrap_err().message.contains("found no GPU"));
 }
 
-/// QLoRA of Llama 3.3 70B with rank 16 on all linear layers, in passes of one example of 2,048 tokens.
+/// Returns QLoRA of Llama 3.3 70B with rank 16 on all linear layers, in passes of one example of 2,048 tokens.
 fn llama_70b() -> Task {
     let facts = crate::facts::shapes::facts("llama3.3-70b").unwrap();
     Task { tokens_min: 2048, example_tokens: 2048, ..task(facts, 2048) }
@@ -371,7 +371,7 @@ fn a_70b_model_is_shared_by_four_cards_of_24_gb() {
         assert!((gigabytes("two buffers", &plan) - 0.88).abs() < 0.01, "{plan:?}");
         assert_eq!(gigabytes("embedding", &plan), 0.0, "it stays on the host");
         assert_eq!(plan.host_bytes, 128_256 * 8192 * 2);
-        // Three quarters of the base come over the link in each direction, but for two layers at each turn.
+        // Three quarters of the base come over the link in each direction, except two layers at each turn.
         let brought = plan.brought as f64 / 1e9;
         assert!((brought / (2.0 * 35.3 * 0.75 * 78.0 / 80.0) - 1.0).abs() < 0.01, "{brought}");
         // The pass takes longer than its weights, so it hardly waits for them.
@@ -391,7 +391,7 @@ fn a_70b_model_is_streamed_to_one_card_of_48_gb_or_24_gb() {
     // By themselves, cards of 48 GB hold the base.
     assert_eq!(planned(&llama_70b(), "a6000").residency, Residency::Resident);
     assert_eq!(planned(&llama_70b(), "l4").residency, Residency::Streamed);
-    // An L40S computes faster than PCIe brings weights: the plan says how long it waits.
+    // An L40S computes faster than PCIe delivers weights, and the plan states the wait.
     let machine = gpu("l40s");
     let streamed = Task { residency: Some(Residency::Streamed), ..llama_70b() };
     let text = solve(&streamed, &machine).unwrap().table(&streamed, &machine);
@@ -452,7 +452,7 @@ fn ranks_lose_little_of_their_added_speed() {
     assert_eq!(of("h100", phi3_mini()), 1.0);
 }
 
-/// Compares the plan's bytes with what real decoders hold, on the device and in host memory.
+/// Compares the plan's bytes with the memory of real decoders, on the device and on the host.
 #[test]
 fn weights_take_what_the_plan_counts_wherever_they_lie() {
     use crate::model::residency::Home;

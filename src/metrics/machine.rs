@@ -49,8 +49,8 @@ pub struct Sample {
 }
 
 impl Sample {
-    /// The sample in KAITO's form. KAITO's own server divides mebibytes by gibibytes and always says 0.00 GB; these
-    /// sizes are right.
+    /// Returns the sample in KAITO's form. KAITO's own server divides mebibytes by gibibytes and always says 0.00 GB;
+    /// these sizes are right.
     pub fn json(&self) -> Value {
         let memory = |used: u64, total: u64| {
             let size = |bytes: u64| format!("{:.2} GB", bytes as f64 / GIB);
@@ -86,7 +86,7 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// The state at this moment.
+    /// Returns the state at this moment.
     pub fn take(&mut self) -> Sample {
         let library = self.library.get_or_insert_with(Nvml::open);
         match library.as_ref().map(Nvml::gpus).filter(|gpus| !gpus.is_empty()) {
@@ -95,7 +95,8 @@ impl Sampler {
         }
     }
 
-    /// Bytes of the first GPU's memory in use, or of this process on a machine without one; `None` if nobody says.
+    /// Returns the number of bytes of the first GPU's memory in use, or of this process on a machine without one;
+    /// `None` if nobody says.
     pub fn memory_used(&mut self) -> Option<u64> {
         let library = self.library.get_or_insert_with(Nvml::open);
         match library.as_ref().and_then(|nvml| nvml.gpu(0)) {
@@ -124,8 +125,8 @@ fn load(before: (u64, u64), now: (u64, u64)) -> Option<f64> {
     (all > 0).then(|| (1000.0 * busy as f64 / all as f64).round() / 10.0)
 }
 
-/// Busy and all ticks of all processors together, from the first line of /proc/stat. The 4th and 5th numbers are idle
-/// time and waiting for disks.
+/// Returns the busy ticks and all ticks of all processors together, from the first line of /proc/stat. The 4th and 5th
+/// numbers are idle time and waiting for disks.
 fn busy_and_all(stat: &str) -> Option<(u64, u64)> {
     let ticks: Vec<u64> = stat
         .lines()

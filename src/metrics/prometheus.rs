@@ -14,7 +14,7 @@ pub enum Format {
     OpenMetrics,
 }
 
-/// The format that an `Accept` header asks for; `None` if it does not ask for text.
+/// Returns the format that an `Accept` header asks for; `None` if it does not ask for text.
 pub fn format(accept: &str) -> Option<Format> {
     match () {
         () if accept.contains("application/openmetrics-text") => Some(Format::OpenMetrics),
@@ -23,7 +23,7 @@ pub fn format(accept: &str) -> Option<Format> {
     }
 }
 
-/// The page of metrics in this format.
+/// Returns the page of metrics in this format.
 pub fn reply(format: Format, state: &State, sample: &Sample) -> Reply {
     let mut page = Page { format, text: String::new() };
     page.state(state);

@@ -1,17 +1,17 @@
-//! Batch: examples laid one after the other in rows, with what the decoder needs to keep them apart.
+//! Batch: examples laid one after the other in rows, with the positions that keep them apart.
 
 use std::ops::Range;
 
 use crate::ops::attention::Packing;
 
-/// Tokens of one or more examples, T rows in all. No row is padding, but for those that `shape` adds on a GPU.
+/// Tokens of one or more examples, T rows in all. No row is padding, except those that `shape` adds on a GPU.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Batch {
     /// Token ids, `[T]`.
     pub ids: Vec<u32>,
     /// The rows of each example, in order.
     pub examples: Vec<Span>,
-    /// Dropout keys, `[T]`. A key identifies a token whatever batch it is in; dropout's mask follows it.
+    /// Dropout keys, `[T]`. A key identifies a token in any batch; dropout's mask follows it.
     pub keys: Vec<u64>,
     /// Rows whose next token is a target, ascending.
     pub target_rows: Vec<u32>,
@@ -36,7 +36,7 @@ pub struct Span {
 }
 
 impl Batch {
-    /// Number of rows (T).
+    /// Returns the number of rows (T).
     pub fn rows(&self) -> usize {
         self.ids.len()
     }
@@ -56,19 +56,19 @@ impl Batch {
         self.examples.push(Span { rows: from..from + ids.len(), rope_length });
     }
 
-    /// (position in its example, rope length) of each row, as two lists.
+    /// Returns (position in its example, rope length) of each row, as two lists.
     pub fn positions(&self) -> (Vec<u32>, Vec<u32>) {
         let rows = || self.examples.iter().flat_map(|span| span.rows.clone().map(move |row| (span, row)));
         let position = rows().map(|(span, row)| (row - span.rows.start) as u32).collect();
         (position, rows().map(|(span, _)| span.rope_length as u32).collect())
     }
 
-    /// The rows of each example.
+    /// Returns the rows of each example.
     pub fn ranges(&self) -> Vec<Range<usize>> {
         self.examples.iter().map(|span| span.rows.clone()).collect()
     }
 
-    /// The rows of each example as a `Packing` for attention; all layers use one.
+    /// Returns the rows of each example as a `Packing` for attention; all layers use one.
     pub fn packing(&self) -> Packing {
         let packing = Packing::new(self.ranges());
         if self.room > 0 { packing.with_room_for(self.room) } else { packing }

@@ -10,7 +10,7 @@ use super::replay::Replay;
 use crate::facts::Facts;
 use crate::ops::attention::cached::{PAGE, Store};
 
-/// The pages of all layers, and who holds them.
+/// The pages of all layers, and the sequences that hold them.
 pub struct Cache {
     pub(super) layers: Vec<Store>,
     pool: Pool,
@@ -23,8 +23,8 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// Room for at least so many tokens over all sequences, each of which begins on a page of its own or shares the
-    /// beginning of its prompt in chunks of so many tokens.
+    /// Returns a cache for at least `tokens` tokens over all sequences. A sequence begins on a page of its own, or
+    /// shares the beginning of its prompt in chunks of `chunk` tokens.
     pub fn new(facts: &Facts, tokens: usize, chunk: usize, dtype: DType, device: &Device) -> Result<Cache> {
         let pages = tokens.div_ceil(PAGE);
         let layers = facts.layers.iter();
@@ -41,17 +41,18 @@ impl Cache {
         })
     }
 
-    /// Bytes of one token in all layers.
+    /// Returns the number of bytes of one token in all layers.
     pub fn token_bytes(facts: &Facts, dtype: DType) -> usize {
         facts.layers.iter().map(|layer| Store::token_bytes(&layer.attention.heads, dtype)).sum()
     }
 
-    /// Pages for a sequence of so many tokens that begins with chunks of these keys; `None` if too few are free.
+    /// Returns pages for a sequence of so many tokens that begins with chunks of these keys; `None` if too few are
+    /// free.
     pub fn reserve(&mut self, tokens: usize, keys: &[Key]) -> Option<Held> {
         self.pool.reserve(tokens.div_ceil(PAGE), keys)
     }
 
-    /// The next chunk of a sequence is computed: others may use it.
+    /// Marks the next chunk of a sequence as computed, so that others may use it.
     pub fn share(&mut self, held: &mut Held, key: Key) {
         self.pool.share(held, key);
     }
@@ -61,18 +62,18 @@ impl Cache {
         self.pool.release(held);
     }
 
-    /// Graphs of steps over these pages, if there were such steps.
+    /// Returns the graphs of steps over these pages, if there were such steps.
     #[cfg(feature = "cuda")]
     pub fn replay(&self) -> Option<&Replay> {
         self.replay.as_ref()
     }
 
-    /// Tokens that fit over all sequences.
+    /// Returns the number of tokens that fit over all sequences.
     pub fn tokens(&self) -> usize {
         self.pool.pages() * PAGE
     }
 
-    /// Pages that sequences use, from 0 to 1.
+    /// Returns the pages that sequences use, from 0 to 1.
     pub fn usage(&self) -> f64 {
         self.pool.usage()
     }

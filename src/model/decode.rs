@@ -32,7 +32,7 @@ pub struct Decoded {
 }
 
 impl Decoder {
-    /// `step` for rows that each generate a token. `None` if a graph cannot hold this step; then nothing was done.
+    /// Does `step` for rows that each generate a token. `None` if a graph cannot hold this step; then nothing was done.
     /// `draws` says how each row's token is drawn; with `None`, all are the most probable ones. `sequences` is the
     /// largest number of rows that any step has.
     pub fn decode(

@@ -38,7 +38,7 @@ pub struct Decoder {
     pub final_norm: Norm,
     /// The output head. Its weight is the embedding if the head is tied.
     pub head: Head,
-    /// The precision of matrix products on a CPU, but for those with the frozen linear layers.
+    /// The precision of matrix products on a CPU, except those with the frozen linear layers.
     pub precision: Precision,
     /// The precision of products with the frozen linear layers in training and evaluation.
     pub frozen: Precision,
@@ -90,7 +90,7 @@ impl SentTurns {
 }
 
 impl Decoder {
-    /// The type that finished pairs are held in: products round them to bf16 unless the precision is f32.
+    /// Returns the type that finished pairs are held in: products round them to bf16 unless the precision is f32.
     pub fn pair_type(&self) -> DType {
         match (self.dtype, self.precision) {
             (DType::F32, Precision::Bf16 | Precision::Fp8) => DType::BF16,
@@ -98,7 +98,7 @@ impl Decoder {
         }
     }
 
-    /// A new adapter to train on this base. Its sites are chosen and its parameters initialised by `options`.
+    /// Returns a new adapter to train on this base. Its sites are chosen and its parameters initialised by `options`.
     pub fn trainable(&self, options: &LoraOptions) -> fault::Result<Trainable> {
         let sites = sites::sites(&self.facts, options)?;
         let adapter = Trainable::init(sites, options, self.dtype, &self.device)?;
@@ -111,7 +111,7 @@ impl Decoder {
         Ok(adapter)
     }
 
-    /// DoRA's magnitudes begin as the lengths of the frozen rows.
+    /// Sets DoRA's magnitudes to the lengths of the frozen rows.
     fn begin_magnitudes(&self, adapter: &Trainable) -> Result<()> {
         let mut tour = self.tour(self.layers.len());
         for (i, layer) in self.layers.iter().enumerate() {
@@ -147,8 +147,8 @@ impl Decoder {
         self.forward_backward_by_layer(adapter, keep, batch, scale, &mut |_| Ok(()))
     }
 
-    /// As `forward_backward`. `done` is called with each layer whose gradients this pass has added: from the last layer
-    /// to the lowest that is adapted.
+    /// Does `forward_backward`, and calls `done` with each layer whose gradients this pass has added, from the last
+    /// layer to the lowest adapted one.
     pub fn forward_backward_by_layer(
         &self,
         adapter: &Trainable,
@@ -163,7 +163,7 @@ impl Decoder {
         self.run(tour, adapter, keep, batch, embedded, &prepared, done)
     }
 
-    /// A pass that computes from its batch's copy on the device. Whether a graph can hold it is `recorded`'s matter.
+    /// Computes a pass from its batch's copy on the device. `recorded` decides whether a graph can hold it.
     #[cfg(feature = "cuda")]
     pub(super) fn forward_backward_prepared(
         &self,
@@ -176,8 +176,8 @@ impl Decoder {
         self.run(tour, adapter, keep, batch, embedded.clone(), prepared, &mut |_| Ok(()))
     }
 
-    /// Copies what a training pass reads of its batch to the device: the tokens, which the first layer takes, and the
-    /// rest.
+    /// Copies the values that a training pass reads of its batch to the device: the tokens, which the first layer
+    /// takes, and the rest.
     pub(super) fn prepare<'a>(
         &self,
         batch: &'a Batch,
@@ -259,7 +259,7 @@ impl Decoder {
         Ok(loss)
     }
 
-    /// Number of values that each layer holds after the forward pass.
+    /// Returns the number of values that each layer holds after the forward pass.
     #[cfg(test)]
     pub fn kept_values(&self, adapter: &Trainable, keep: &[Keep], batch: &Batch) -> Result<Vec<usize>> {
         let (turns, packing) = (self.turns(batch)?, batch.packing());
@@ -283,7 +283,8 @@ impl Decoder {
         cross_entropy::forward(&hidden, &head, &batch.targets, self.precision)
     }
 
-    /// As `loss`, and how many targets are the most probable token (the lowest id of equal ones).
+    /// Returns the result of `loss`, and the number of targets that are the most probable token (the lowest id of equal
+    /// ones).
     pub fn loss_and_hits(&self, batch: &Batch, lora: Lora) -> Result<(Number, Number)> {
         let hidden = rows::gather(&self.hidden(batch, lora)?, &batch.target_rows)?;
         let hidden = self.final_norm.forward(&hidden)?;
@@ -291,15 +292,15 @@ impl Decoder {
         cross_entropy::forward_counting(&hidden, &head, &batch.targets, self.precision)
     }
 
-    /// Logits of every row, [T, V].
+    /// Returns logits of every row, [T, V].
     pub fn logits(&self, batch: &Batch, lora: Lora) -> Result<Tensor> {
         let hidden = self.final_norm.forward(&self.hidden(batch, lora)?)?;
         let head = self.head_with(&lora, Wanted::All(batch.rows()))?;
         cross_entropy::logits(&hidden, &head, self.precision)
     }
 
-    /// Loss of every target of the batch, and whether the target is the most probable token (the lowest id of equal
-    /// ones).
+    /// Returns the loss of every target of the batch, and whether the target is the most probable token (the lowest id
+    /// of equal ones).
     pub fn scores(&self, batch: &Batch, lora: Lora) -> Result<Vec<(f64, bool)>> {
         let hidden = rows::gather(&self.hidden(batch, lora)?, &batch.target_rows)?;
         let hidden = self.final_norm.forward(&hidden)?;
@@ -319,7 +320,7 @@ impl Decoder {
         Ok(scores)
     }
 
-    /// One step of serving. Computes new rows of running sequences and adds their keys and values to the cache.
+    /// Computes one step of serving: new rows of running sequences, whose keys and values are added to the cache.
     /// Returns the logits of the wanted rows, [wanted, V]. A row's bits depend on its own sequence alone.
     pub fn step(&self, step: &Step, cache: &mut Cache, lora: Lora) -> Result<Tensor> {
         let (sent, segments) = (self.send(step)?, Segments::new(&step.segments));
@@ -340,7 +341,7 @@ impl Decoder {
         Ok(Sent { embedded, turns: self.send_turns(positions, lengths, 0)? })
     }
 
-    /// The wanted rows of a step behind the final norm.
+    /// Returns the wanted rows of a step behind the final norm.
     pub(super) fn step_hidden(
         &self,
         step: &Step,
@@ -367,7 +368,7 @@ impl Decoder {
         self.final_norm.forward(&wanted)
     }
 
-    /// Bytes of the frozen base.
+    /// Returns the number of bytes of the frozen base.
     pub fn base_bytes(&self) -> usize {
         let linear = |layer: &Layer| layer.linears().map(|linear| linear.weight.bytes()).sum::<usize>();
         let head = if self.facts.tied_head { 0 } else { self.head.weight.bytes() };
@@ -375,7 +376,7 @@ impl Decoder {
         embedding + head + self.layers.iter().map(linear).sum::<usize>()
     }
 
-    /// The residual stream after the last layer, [T, C].
+    /// Returns the residual stream after the last layer, [T, C].
     fn hidden(&self, batch: &Batch, lora: Lora) -> Result<Tensor> {
         let mut tour = self.tour(self.layers.len());
         let (turns, packing) = (self.turns(batch)?, batch.packing());
@@ -388,7 +389,7 @@ impl Decoder {
         Ok(x)
     }
 
-    /// A pass's way through the layers: forward, and back to `lowest`.
+    /// Returns a pass's way through the layers: forward, and back to `lowest`.
     fn tour(&self, lowest: usize) -> Tour<'_> {
         Tour::new(self.ring.as_ref(), self.layers.len(), lowest)
     }
@@ -397,19 +398,19 @@ impl Decoder {
     /// ranks announce theirs at the same time. If they share the base, those with fewer passes gather for the others.
     ///
     /// # Errors
-    /// Those of the ranks.
+    /// The errors of the ranks.
     pub fn together(&self, passes: usize, adapter: Option<&Trainable>) -> fault::Result<Together<'_>> {
         let layers = self.layers.len();
         let lowest = adapter.map_or(layers, |adapter| self.lowest(adapter));
         Together::new(self.ring.as_ref(), layers, lowest, passes)
     }
 
-    /// The layers that the backward pass reaches, from the lowest on.
+    /// Returns the layers that the backward pass reaches, from the lowest on.
     pub(super) fn gradients_from(&self, adapter: &Trainable) -> std::ops::Range<usize> {
         self.lowest(adapter)..self.layers.len()
     }
 
-    /// The lowest layer that the backward pass reaches.
+    /// Returns the lowest layer that the backward pass reaches.
     fn lowest(&self, adapter: &Trainable) -> usize {
         sites::lowest(&adapter.sites, &adapter.tokens, self.layers.len())
     }
@@ -421,8 +422,8 @@ impl Decoder {
         Ok(x)
     }
 
-    /// Embeddings with NEFTune's noise, if the batch asks for it. The noise lies behind a factor that the embedding
-    /// itself applies, and before one that the model applies afterwards.
+    /// Returns the embeddings with NEFTune's noise, if the batch asks for it. The noise lies behind a factor that the
+    /// embedding itself applies, and before one that the model applies afterwards.
     fn embed_with_noise(
         &self,
         batch: &Batch,
@@ -439,7 +440,7 @@ impl Decoder {
         Ok(x)
     }
 
-    /// The factor on the embeddings, rounded as the reference rounds it.
+    /// Returns the factor on the embeddings, rounded as the reference rounds it.
     pub(super) fn embedding_factor(&self) -> f64 {
         let scale = &self.facts.embedding_scale;
         match (scale.rounded, self.precision) {
@@ -449,7 +450,7 @@ impl Decoder {
         }
     }
 
-    /// The rotations of a batch's rows. Each row has one row of angles for each of the heads' runs.
+    /// Returns the rotations of a batch's rows. Each row has one row of angles for each of the heads' runs.
     fn turns(&self, batch: &Batch) -> Result<Turns> {
         let (positions, lengths) = batch.positions();
         self.turns_at(positions, lengths)
@@ -459,7 +460,7 @@ impl Decoder {
         self.send_turns(positions, lengths, 0)?.turns()
     }
 
-    /// `examples`: as many as lists have room for; 0: for those that there are.
+    /// Sends the angles to the device. The lists have room for `examples` examples; 0: for those that there are.
     fn send_turns(&self, positions: Vec<u32>, lengths: Vec<u32>, examples: usize) -> Result<SentTurns> {
         let growth = self.facts.query_growth.map(|growth| self.growth(&growth, &positions)).transpose()?;
         let (runs, _) = self.facts.heads().turning();
@@ -473,7 +474,7 @@ impl Decoder {
         Ok(SentTurns { ropes: ropes.collect::<Result<_>>()?, growth })
     }
 
-    /// The type of angles and growth: f32 even for bf16 activations.
+    /// Returns the type of angles and growth: f32 even for bf16 activations.
     fn wide(&self) -> DType {
         if self.dtype == DType::F64 { DType::F64 } else { DType::F32 }
     }
@@ -521,7 +522,7 @@ impl Decoder {
     }
 }
 
-/// Loss of one target in f64, and whether it is the first of the largest logits.
+/// Returns the loss of one target in f64, and whether it is the first of the largest logits.
 fn score(logits: &[f32], target: usize) -> (f64, bool) {
     let (mut largest, mut first) = (f32::NEG_INFINITY, 0);
     for (at, &logit) in logits.iter().enumerate() {

@@ -21,7 +21,7 @@ use super::linear::Linear;
 use super::lora::{Learner, Low, Pair, Training};
 use super::pass::Pass;
 
-/// The magnitudes of a pair, and what is known of the lengths of its weight's rows.
+/// The magnitudes of a pair, and the lengths of its weight's rows as far as they are known.
 #[derive(Clone, Debug)]
 pub struct Dora {
     /// The length that each row of the weight shall have, `[N]`: f32 (f64 in tests).
@@ -33,22 +33,22 @@ pub struct Dora {
 }
 
 impl Dora {
-    /// Magnitudes whose lengths are computed at their first use.
+    /// Returns the magnitudes whose lengths are computed at their first use.
     pub fn new(magnitude: Tensor) -> Dora {
         Dora { magnitude, squares: Arc::default(), inverse: Arc::default() }
     }
 
-    /// Magnitudes over the same weight for a copy of the pair.
+    /// Returns the magnitudes over the same weight for a copy of the pair.
     pub(super) fn copied(&self) -> Result<Dora> {
         Ok(Dora { squares: self.squares.clone(), ..Dora::new(self.magnitude.copy()?) })
     }
 
-    /// The pair has changed, so that the lengths have.
+    /// Forgets the lengths, because the pair has changed.
     pub(super) fn forget(&self) {
         *self.lock() = None;
     }
 
-    /// The inverses of the lengths of the rows of `W + scale * B A`, `[N]`.
+    /// Returns the inverses of the lengths of the rows of `W + scale * B A`, `[N]`.
     fn inverse(&self, weight: &Weight, pair: &Pair) -> Result<Tensor> {
         let mut known = self.lock();
         if let Some(inverse) = &*known {
@@ -87,7 +87,7 @@ impl Dora {
 /// The product with the frozen weight: as in training, or such that a row's bits depend on that row alone.
 #[derive(Clone, Copy)]
 pub(super) struct Way {
-    /// Precision of products on a CPU, but for those with the frozen weight.
+    /// Precision of products on a CPU, except those with the frozen weight.
     pub precision: Precision,
     /// Precision of products with the frozen weight in training.
     pub frozen: Precision,
@@ -96,12 +96,12 @@ pub(super) struct Way {
 }
 
 impl Way {
-    /// That of a pass in training.
+    /// Returns the way of a pass in training.
     pub fn of(pass: &Pass) -> Way {
         Way { precision: pass.precision, frozen: pass.frozen, apart: None }
     }
 
-    /// The product with the frozen weight, written or added.
+    /// Writes or adds the product with the frozen weight.
     fn base(self, x: &Tensor, linear: &Linear, y: &Tensor, at: usize, beta: f64) -> Result<()> {
         let (weight, factor) = (&linear.weight, linear.factor);
         match self.apart {
@@ -118,7 +118,7 @@ impl Way {
     }
 }
 
-/// A finished pair: adds `strength` times what it makes of x to y[:, at..], which has the frozen product already.
+/// Adds a finished pair's part of x, times `strength`, to y[:, at..], which has the frozen product already.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn serve(
     linear: &Linear,
@@ -143,7 +143,7 @@ pub(super) fn serve(
 }
 
 impl Training<'_> {
-    /// The pair of this layer if it has magnitudes.
+    /// Returns the pair of this layer if it has magnitudes.
     pub(super) fn dora(&self, linear: &Linear) -> Option<(&Learner, &Dora)> {
         let learner = self.adapter.learner(linear.site)?;
         Some((learner, learner.pair.dora.as_ref()?))
@@ -153,7 +153,7 @@ impl Training<'_> {
         self.dropout_keys.is_some() && self.adapter.dropout > 0.0
     }
 
-    /// The layer's output in y[:, at..], written or added.
+    /// Writes the layer's output to y[:, at..], or adds it.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn forward_dora(
         &self,

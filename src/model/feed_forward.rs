@@ -75,7 +75,7 @@ struct GateUp {
 }
 
 impl Kept {
-    /// Drops what the level does not keep.
+    /// Drops values that the level does not keep.
     pub fn reduce(&mut self, keep: Keep) {
         if keep >= Keep::WithoutGateUp {
             self.gate_up = None;
@@ -85,7 +85,7 @@ impl Kept {
         }
     }
 
-    /// Number of values held. It must equal what the memory plan counted.
+    /// Returns the number of values held. It must equal the memory plan's count.
     #[cfg(test)]
     pub fn values(&self) -> usize {
         use super::norm::count;
@@ -101,8 +101,8 @@ impl From<Whole> for Kept {
     }
 }
 
-/// Values per token that a layer's feed-forward keeps at a level. `rank` gives the rank of a projection's pair, 0
-/// if it has none.
+/// Returns the number of values per token that a layer's feed-forward keeps at a level. `rank` gives the rank of a
+/// projection's pair, 0 if it has none.
 pub fn kept_values(facts: &Facts, layer: usize, rank: impl Fn(&Projection) -> usize, keep: Keep) -> usize {
     let facts::FeedForward::Dense(dense) = &facts.layers[layer].feed_forward;
     let gate_up: usize = dense.gate_up.iter().map(|p| p.rows + rank(p)).sum();
@@ -115,14 +115,14 @@ pub fn kept_values(facts: &Facts, layer: usize, rank: impl Fn(&Projection) -> us
     }
 }
 
-/// Values per token of the backward pass in its widest moment: the gradients of gate and up and of their product, and
-/// the masked product if its pair has dropout.
+/// Returns the number of values per token of the backward pass in its widest moment: the gradients of gate and up and
+/// of their product, and the masked product if its pair has dropout.
 pub fn working_values(facts: &Facts, layer: usize, dropout: bool) -> usize {
     let facts::FeedForward::Dense(dense) = &facts.layers[layer].feed_forward;
     step_values(facts, layer) + if dropout { dense.down.cols } else { 0 }
 }
 
-/// Values per token of the forward pass in its widest moment: gate, up and their product.
+/// Returns the number of values per token of the forward pass in its widest moment: gate, up and their product.
 pub fn step_values(facts: &Facts, layer: usize) -> usize {
     let facts::FeedForward::Dense(dense) = &facts.layers[layer].feed_forward;
     dense.gate_up.iter().map(|p| p.rows).sum::<usize>() + dense.down.cols
@@ -167,7 +167,7 @@ impl FeedForward {
         Ok(Whole { gate_up, branch, low })
     }
 
-    /// The input of the down projection, with the spare columns that it needs.
+    /// Returns the input of the down projection, with the spare columns that it needs.
     fn activated(&self, gate_up: &GateUp, pass: &Pass) -> Result<Operand> {
         let (dense, values) = (self.dense(), &gate_up.values);
         let (rows, device) = (values.dim(0)?, values.device());
@@ -180,7 +180,7 @@ impl FeedForward {
         Ok(activation::forward_beside(values, dense.activation, spare)?.into())
     }
 
-    /// The low-rank product of the down projection, in memory of its own, because its input is not kept.
+    /// Returns the low-rank product of the down projection, in memory of its own, because its input is not kept.
     fn kept_low(&self, low: Low, activated: &Tensor, pass: &Pass) -> Result<Low> {
         match low {
             Some(low) => Ok(Some(low)),
@@ -223,8 +223,8 @@ impl FeedForward {
         side_by_side_backward(&dense.gate_up, &d_gate_up, normed, &lows, lowest, pass)
     }
 
-    /// The gradient of gate and up [T, any + spare] from that of the down projection's output; adds the gradients of
-    /// its pair.
+    /// Returns the gradient of gate and up [T, any + spare] from that of the down projection's output; adds the
+    /// gradients of its pair.
     fn through_activation(
         &self,
         dy: Operand,

@@ -1,8 +1,8 @@
 //! The weights that a rank reads -> digests by part, which the ranks compare before they train.
 //!
 //! A rank that reads a layer digests all bytes of it. Of a layer that another rank reads, it digests samples: the
-//! beginning, the middle and the end of each tensor. So two ranks with another model, or with a copy that is not whole,
-//! are told apart although none of them reads everything.
+//! beginning, the middle and the end of each tensor. So ranks notice that they have different models, or a copy that is
+//! not whole, although none of them reads everything.
 
 use std::collections::BTreeMap;
 
@@ -49,7 +49,7 @@ impl Fingerprint {
         }
     }
 
-    /// The first part that two ranks have both looked at, and that differs.
+    /// Returns the first part that two ranks have both looked at, and that differs.
     pub fn difference<'a>(&'a self, other: &Fingerprint) -> Option<&'a str> {
         let differs = |own: &'a BTreeMap<String, String>, other: &BTreeMap<String, String>| {
             let both =
@@ -62,7 +62,7 @@ impl Fingerprint {
 
 /// The tensors that a part has.
 pub(super) struct Part<'a> {
-    /// Its name in messages.
+    /// The part's name in messages.
     pub name: String,
     /// The beginnings of its tensors' names.
     pub prefix: &'a str,
@@ -74,7 +74,7 @@ fn line(name: &str, raw: &Raw, digest: &str) -> String {
     format!("{name} {:?} {:?} {digest}\n", raw.dtype, raw.shape)
 }
 
-/// A digest of all bytes, on all cores.
+/// Returns a digest of all bytes, on all cores.
 fn digest(bytes: &[u8]) -> String {
     let chunks: Vec<String> = bytes.par_chunks(CHUNK_BYTES).map(source::digest).collect();
     source::digest(chunks.concat().as_bytes())
@@ -97,7 +97,7 @@ mod tests {
 
     const LAYERS: [&str; 2] = ["model.layers.0.", "model.layers.1."];
 
-    /// A checkpoint of two layers and an embedding, with one byte changed.
+    /// Returns a checkpoint of two layers and an embedding, with one byte changed.
     fn checkpoint(folder: &std::path::Path, changed: Option<(&str, usize)>) -> Checkpoint {
         let bytes = |name: &str| {
             let mut bytes: Vec<u8> = (0..40_000u32).map(|i| (i * 7 % 251) as u8).collect();
@@ -115,7 +115,7 @@ mod tests {
         Checkpoint::open(folder).unwrap()
     }
 
-    /// The fingerprint of a rank that reads one of the layers, or both.
+    /// Returns the fingerprint of a rank that reads one of the layers, or both.
     fn fingerprint(changed: Option<(&str, usize)>, reads: &[usize]) -> Fingerprint {
         let folder = tempfile::tempdir().unwrap();
         let checkpoint = checkpoint(folder.path(), changed);

@@ -1,6 +1,6 @@
 //! The forms of a layer's 4-bit weights -> bytes for the ranks that have not read the layer, and back.
 //!
-//! A form is what a weight is beside its codes and scales, which the ranks share: their sizes, and the second level of
+//! The ranks share the codes and scales of a weight. Its form is the rest: their sizes, and the second level of
 //! double-quantised scales, which stays whole on every device.
 
 use candle_core::{DType, Device, Tensor};
@@ -28,27 +28,27 @@ struct Second {
     offset: u32,
 }
 
-/// A weight that another rank reads: its shape is known, and its form is taken later.
+/// Returns a weight that another rank reads: its shape is known, and its form is taken later.
 pub(super) fn unread(rows: usize, cols: usize) -> Result<FourBit> {
     let nothing = Tensor::zeros(0, DType::U8, &Device::Cpu)?;
     let (packed, absmax) = (nothing.clone(), Absmax::Plain(nothing));
     Ok(FourBit { code: Code::Nf4, rows, cols, block: BLOCK, packed, absmax, expanded: Expanded::default() })
 }
 
-/// Bytes of a weight's codes and of its scales.
+/// Returns bytes of a weight's codes and of its scales.
 pub(super) fn bytes(weight: &FourBit) -> (usize, usize) {
     let scales = scales_of(weight);
     (weight.packed.elem_count(), scales.elem_count() * scales.dtype().size_in_bytes())
 }
 
-/// The scales of a weight's blocks: the first level, if there are two.
+/// Returns the scales of a weight's blocks: the first level, if there are two.
 pub(super) fn scales_of(weight: &FourBit) -> &Tensor {
     match &weight.absmax {
         Absmax::Plain(scales) | Absmax::Nested { codes: scales, .. } => scales,
     }
 }
 
-/// The message about weights that were read: their forms.
+/// Returns the message about weights that were read: their forms.
 pub(super) fn told(weights: &[&mut FourBit]) -> Result<Vec<u8>> {
     let forms = weights.iter().map(|weight| form(weight)).collect::<Result<Vec<Form>>>()?;
     Ok(serde_json::to_vec(&forms).expect("texts and numbers"))

@@ -1,7 +1,7 @@
 //! Linear layers that read the same input, and their pairs in training -> one product in which LoRA lies inside the
 //! frozen weight (`ops/low_rank.rs`), on a GPU; in 8 bits one product for the weights and a narrow one for the pairs,
-//! onto the same sum. `spare` decides where; everything else takes the products of
-//! `lora.rs`, one after the other.
+//! onto the same sum. `spare` decides which layers do so; all others take the products of `lora.rs`, one after the
+//! other.
 
 use candle_core::Device;
 
@@ -40,8 +40,8 @@ pub struct Member {
     pub dense: bool,
 }
 
-/// The spare columns (R) that `tokens` rows of the layers' input and of their outputs' gradient have; 0 if LoRA does
-/// not lie inside the product. `cols` is the width of the input (K).
+/// Returns the spare columns (R) that `tokens` rows of the layers' input and of their outputs' gradient have; 0 if LoRA
+/// does not lie inside the product. `cols` is the width of the input (K).
 ///
 /// Kernels move eight values at a time, which decides about odd widths. A weight in 4 bits is expanded for each product
 /// anyway. A dense one is copied, which takes longer than the passes that it saves if there are few tokens.
@@ -67,7 +67,8 @@ pub fn takes_both(bf16: bool, mut shapes: impl Iterator<Item = (usize, usize)>) 
         && shapes.all(|(rows, rank)| rank <= BOTH_RANKS_MAX && rows.is_multiple_of(8))
 }
 
-/// `spare` of layers in a pass over `tokens` rows on a device. On a CPU and without an adapter in training it is 0.
+/// Returns `spare` of layers in a pass over `tokens` rows on a device. On a CPU and without an adapter in training it
+/// is 0.
 pub fn spare_in(parts: &[Linear], tokens: usize, device: &Device, pass: &Pass) -> usize {
     let Lora::Training(training) = &pass.lora else { return 0 };
     let alike = parts.iter().all(|part| part.factor == parts[0].factor);
@@ -114,13 +115,14 @@ mod gpu {
         dropout: Option<(f64, &'a Tensor)>,
         spare: usize,
         precision: Precision,
-        /// Whether the products with the weights are in 8 bits. A pair would lose its updates there, so that it has
+        /// Whether the products with the weights are in 8 bits. A pair would lose its updates in 8 bits, so it has
         /// products of its own.
         in_8_bits: bool,
     }
 
     impl<'a> Group<'a> {
-        /// `None`: the layers take the products of `lora.rs`. `x` has as many rows as their input.
+        /// Returns the group, or `None` if the layers take the products of `lora.rs`. `x` has as many rows as their
+        /// input.
         pub fn of(parts: &'a [Linear], x: &Tensor, pass: &Pass<'a>) -> Result<Option<Group<'a>>> {
             let (spare, Lora::Training(training)) =
                 (spare_in(parts, x.dim(0)?, x.device(), pass), &pass.lora)
@@ -147,7 +149,7 @@ mod gpu {
             self.parts[0].factor
         }
 
-        /// The pairs, each with the first column of its layer and of its ranks.
+        /// Returns the pairs, each with the first column of its layer and of its ranks.
         fn pairs(&self) -> impl Iterator<Item = (usize, usize, &'a Learner)> {
             let mut rank_at = 0;
             let with_ranks = columns(self.parts).zip(&self.learners).filter_map(move |((at, _), learner)| {
@@ -159,7 +161,7 @@ mod gpu {
             with_ranks.collect::<Vec<_>>().into_iter()
         }
 
-        /// Rows of each layer and the rank of its pair.
+        /// Returns rows of each layer and the rank of its pair.
         fn shapes(&self) -> impl Iterator<Item = (usize, usize)> {
             let rank = |learner: &Option<&Learner>| learner.map_or(0, Learner::rank);
             self.parts
@@ -190,7 +192,7 @@ mod gpu {
             }
         }
 
-        /// The weights in full, if they are kept that way. The first one's place holds those of all parts.
+        /// Returns the weights in full, if they are kept that way. The first one's place holds those of all parts.
         fn kept_expanded(&self, dtype: DType) -> Result<Option<Tensor>> {
             let Weight::FourBit(first) = &self.parts[0].weight else { return Ok(None) };
             if self.in_8_bits {
@@ -229,8 +231,8 @@ mod gpu {
             if before { Ok(()) } else { biases(true) }
         }
 
-        /// x in 8 bits, if the products are. If no kernel has rounded it, it is rounded while it may still be in the
-        /// cache.
+        /// Returns x in 8 bits, if the products are. If no kernel has rounded it, it is rounded while it may still be
+        /// in the cache.
         fn rounded(&self, x: &Operand) -> Result<Option<Scaled>> {
             match x.rounded.first() {
                 _ if !self.in_8_bits => Ok(None),
@@ -245,7 +247,7 @@ mod gpu {
                 .try_for_each(|(at, part)| fp8::forward(x, &part.weight, part.factor, y, at, 1.0))
         }
 
-        /// The gradient of x through the weights alone, written to dx [T, K] or added.
+        /// Writes the gradient of x through the weights alone to dx [T, K], or adds it.
         fn gradient_in_8_bits(&self, dy: &Operand, dx: &Tensor, add: bool) -> Result<()> {
             columns(self.parts).enumerate().try_for_each(|(number, (at, part))| {
                 let dy = match dy.rounded.get(number) {
@@ -270,7 +272,7 @@ mod gpu {
             Ok(())
         }
 
-        /// The pair's input: x, or x after dropout.
+        /// Returns the pair's input: x, or x after dropout.
         fn seen(&self, learner: &Learner, x: &Tensor) -> Result<Tensor> {
             match self.dropout {
                 Some((p, keys)) => dropout::apply(x, p, keys, learner.mask),
@@ -278,7 +280,7 @@ mod gpu {
             }
         }
 
-        /// The output of the only layer, added to `base` in memory of its own. `x` [T, K + R] gets its low-rank
+        /// Returns the output of the only layer, added to `base` in memory of its own. `x` [T, K + R] gets its low-rank
         /// product.
         pub fn onto(&self, operand: &Operand, base: &Tensor) -> Result<Tensor> {
             let x = &operand.values;
@@ -304,14 +306,14 @@ mod gpu {
             }
         }
 
-        /// x A^T [T, sum of the ranks] in memory of its own, after `forward`.
+        /// Returns x A^T [T, sum of the ranks] in memory of its own, after `forward`.
         pub fn kept(&self, x: &Tensor) -> Result<Tensor> {
             rows::columns(x, self.cols(), self.ranks())
         }
 
         /// Adds the pairs' gradients to the flat buffer. If wanted, writes the gradient of x to `dx` [T, K]. dy [T, N +
-        /// R] gets its low-rank product. `low` is what `kept` returned. Without it, x is what `forward` had, or it is
-        /// computed again.
+        /// R] gets its low-rank product. `low` is the result of `kept`. Without it, x is the input of `forward`, or it
+        /// is computed again.
         pub fn backward(
             &self,
             dy: &Operand,
@@ -332,17 +334,18 @@ mod gpu {
             self.below(&dy.values, x)
         }
 
-        /// `backward` without the gradients of A, which alone need x.
+        /// Does `backward` without the gradients of A, the only ones that need x.
         pub fn backward_input(&self, dy: &Operand, low: &Tensor, dx: &Tensor) -> Result<()> {
             self.over(dy, Columns { tensor: low, at: 0 }, Some(dx))
         }
 
-        /// The gradients of A, after `backward_input`.
+        /// Adds the gradients of A, after `backward_input`.
         pub fn backward_pairs(&self, dy: &Tensor, x: &Tensor) -> Result<()> {
             self.below(dy, x)
         }
 
-        /// `backward` for an input that a norm made. It is computed again only if its factors do not do.
+        /// Does `backward` for an input that a norm made. The input is computed again only if its factors are not
+        /// enough.
         pub fn backward_normed(
             &self,
             dy: &Operand,
@@ -360,7 +363,7 @@ mod gpu {
             low_rank::normed_gradient(input.x, factors, above, &learning)
         }
 
-        /// The products that read dy: its low-rank product, the gradients of B, and the gradient of x.
+        /// Makes the products that read dy: its low-rank product, the gradients of B, and the gradient of x.
         fn over(&self, operand: &Operand, low: Columns, dx: Option<&Tensor>) -> Result<()> {
             let dy = &operand.values;
             let inside = self.inside(dy.dtype(), dx.is_some() && !self.in_8_bits)?;
@@ -396,7 +399,7 @@ mod gpu {
             }
         }
 
-        /// The gradients of A from the low-rank product of dy.
+        /// Adds the gradients of A from the low-rank product of dy.
         fn below(&self, dy: &Tensor, x: &Tensor) -> Result<()> {
             self.pairs().try_for_each(|(_, rank_at, learner)| {
                 let above = Columns { tensor: dy, at: self.rows() + rank_at };
@@ -405,7 +408,7 @@ mod gpu {
             })
         }
 
-        /// The layers with one of their pairs' gradients and the factor on what is added to it.
+        /// Returns the layers with one of their pairs' gradients and the factor on what is added to it.
         fn learning(&self, of: impl Fn(&'a Learner) -> (&'a Tensor, f64)) -> Vec<Learning<'a>> {
             let learning = |(part, learner): (&'a Linear, &Option<&'a Learner>)| Learning {
                 rows: part.weight.dims().0,
@@ -417,7 +420,7 @@ mod gpu {
             self.parts.iter().zip(&self.learners).map(learning).collect()
         }
 
-        /// `kept` from an x [T, K] without spare columns.
+        /// Returns `kept` from an x [T, K] without spare columns.
         fn low(&self, x: &Tensor) -> Result<Tensor> {
             let low = unwritten((x.dim(0)?, self.ranks()), x.dtype(), x.device())?;
             for (_, rank_at, learner) in self.pairs() {

@@ -213,12 +213,12 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// The frozen base of a case, and an adapter whose B is not zero.
+/// Returns the frozen base of a case, and an adapter whose B is not zero.
 fn decoder(case: &Case) -> (Decoder, Trainable) {
     decoder_on(case, DType::F64, &Device::Cpu)
 }
 
-/// `decoder` with activations of a type on a device.
+/// Returns `decoder` with activations of a type on a device.
 pub(super) fn decoder_on(case: &Case, dtype: DType, device: &Device) -> (Decoder, Trainable) {
     let folder = tempfile::tempdir().unwrap();
     let facts = family::describe(&Config::from_json(case.config.as_object().unwrap().clone())).unwrap();
@@ -240,7 +240,7 @@ pub(super) fn decoder_on(case: &Case, dtype: DType, device: &Device) -> (Decoder
     (decoder, adapter)
 }
 
-/// Three examples of odd lengths, of which the middle one has no target and the last is partly supervised; rope
+/// Returns three examples of odd lengths, of which the middle one has no target and the last is partly supervised; rope
 /// lengths on both sides of longrope's limit.
 pub(super) fn batch(facts: &Facts) -> Batch {
     let mut batch = Batch::default();
@@ -252,8 +252,8 @@ pub(super) fn batch(facts: &Facts) -> Batch {
     batch
 }
 
-/// Gradients with products in 8 bits on a CPU point where those in f32 do, for plain pairs and DoRA, whatever is kept;
-/// weights that are not finite show in the loss.
+/// Gradients with products in 8 bits on a CPU point in the direction of those in f32, for plain pairs and DoRA and
+/// every level of keeping. Weights that are not finite show in the loss.
 #[test]
 fn products_in_8_bits_leave_gradients_where_they_are() -> Result<()> {
     let narrow = json!({
@@ -323,7 +323,7 @@ impl Formula<'_> {
         cross_entropy::formula(&logits, &Tensor::new(batch.targets.as_slice(), &Device::Cpu)?)
     }
 
-    /// A table with its trained rows in the place of the frozen ones.
+    /// Returns a table with its trained rows in the place of the frozen ones.
     fn with_trained_rows(&self, frozen: &Tensor, table: Table) -> Result<Tensor> {
         let Some(of) = self.adapter.tokens.iter().find(|of| of.table == table) else {
             return Ok(frozen.clone());
@@ -355,7 +355,8 @@ impl Formula<'_> {
         &middle + normed(&fed.post_norm, &added)?
     }
 
-    /// Norms of queries and keys, rope and attention, head by head, from the columns that the layout gives.
+    /// Computes the norms of queries and keys, rope and attention, head by head, from the columns that the layout
+    /// gives.
     fn attended(&self, layer: &SelfAttention, qkv: &Tensor) -> Result<Tensor> {
         let (facts, batch, heads) = (&self.decoder.facts, self.batch, &layer.heads);
         let (runs, turning) = heads.turning();
@@ -444,7 +445,7 @@ fn normed(norm: &Option<Norm>, x: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// A weight as f64 [N, K], through the public dequantisation.
+/// Returns a weight as f64 [N, K], through the public dequantisation.
 fn dense(weight: &Weight) -> Result<Tensor> {
     match weight {
         Weight::Dense(tensor) => tensor.to_dtype(DType::F64),
@@ -607,7 +608,7 @@ fn a_mixture_is_the_sum_of_its_adapters_row_by_row() -> Result<()> {
             0,
         )?;
         judge::same(&found, &expected, 1e-12)?;
-        // The finished adapter computes what the one in training does.
+        // The finished adapter has the results of the one in training.
         let finished = alone(&[(&adapter.finished()?, 1.0)])?;
         judge::same(&finished, &decoder.logits(&batch, adapter.evaluated())?, 1e-10)?;
         if adapter.has_magnitudes() || !adapter.tokens.is_empty() {

@@ -1,5 +1,5 @@
 //! Compares the decoder on a GPU with itself in f64 on the CPU, which `judge.rs` compares with autograd: every fact of
-//! the families, with LoRA inside the products and beside them, whatever is kept.
+//! the families, with LoRA inside the products and beside them, and every level of keeping.
 
 use candle_core::{DType, Device, Result};
 use serde_json::json;
@@ -13,12 +13,12 @@ use crate::facts::{Facts, Keep, Precision, Quantization};
 use crate::ops::change::Change;
 use crate::ops::{cpu, cuda, flat, fp8, judge, starve};
 
-/// The cases of `judge.rs` in widths of whole groups of eight, and some that decide where LoRA lies.
+/// Returns the cases of `judge.rs` in widths of whole groups of eight, and some that decide where LoRA lies.
 fn wide_cases() -> Vec<Case> {
     cases_of(24, 40)
 }
 
-/// `wide_cases` with other widths of the stream and of the feed-forward.
+/// Returns `wide_cases` with other widths of the stream and of the feed-forward.
 fn cases_of(width: usize, inner_width: usize) -> Vec<Case> {
     let mut list = cases();
     for case in &mut list {
@@ -84,8 +84,8 @@ fn gradients_are_those_of_f64_whatever_is_kept() -> Result<()> {
     Ok(())
 }
 
-/// Products in 8 bits have the same bits whether kernels round what they make or passes of their own do, in every
-/// family and whatever is kept.
+/// Products in 8 bits have the same bits if kernels round their own results and if separate passes do, in every family
+/// and for every level of keeping.
 #[test]
 fn operands_rounded_by_their_kernels_change_no_bit() -> Result<()> {
     let Some(gpu) = judge::gpu() else { return Ok(()) };
@@ -119,8 +119,8 @@ fn operands_rounded_by_their_kernels_change_no_bit() -> Result<()> {
     Ok(())
 }
 
-/// Batches of different examples that have one shape: as many rows, targets and places for examples, with sets of
-/// frequencies, tiles and targets of their own.
+/// Returns batches of different examples that have one shape: as many rows, targets and places for examples, with sets
+/// of frequencies, tiles and targets of their own.
 fn batches_of_one_shape(facts: &Facts, smoothing: f64, noise: f64) -> Vec<Batch> {
     let of = |(seed, lengths): (usize, &[usize])| {
         let mut batch = Batch { label_smoothing: smoothing, noise, ..Batch::default() };
@@ -135,8 +135,8 @@ fn batches_of_one_shape(facts: &Facts, smoothing: f64, noise: f64) -> Vec<Batch>
     [&[7, 1, 5][..], &[4, 6, 2], &[3, 9], &[7, 1, 5], &[2, 2, 8]].into_iter().enumerate().map(of).collect()
 }
 
-/// A pass by its graph has the bits of the same pass launch by launch, whatever is in its batch, and a batch that was
-/// filled up has the loss and the gradients of the examples alone.
+/// A pass by its graph has the bits of the same pass launch by launch, for every batch. A batch that was filled up has
+/// the loss and the gradients of the examples alone.
 #[test]
 fn graphs_have_the_bits_of_their_passes() -> Result<()> {
     if judge::gpu().is_none() {
@@ -226,7 +226,7 @@ fn a_pass_that_cannot_be_recorded_goes_launch_by_launch() -> Result<()> {
     assert_eq!(recorder.size().0, 1);
     assert!(recorder.give_up());
     assert_eq!((pass(&mut recorder)?, recorder.size(), recorder.give_up()), (expected, (0, 0), false));
-    // Layers whose gradients are there are told behind a short pass.
+    // After a short pass, the layers whose gradients are complete are reported.
     let (mut recorder, mut told) = (Recorder::new(u64::MAX), Vec::new());
     for _ in 0..2 {
         let mut done = |layer| {

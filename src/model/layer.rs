@@ -1,5 +1,5 @@
 //! One decoder layer with hand-written forward and backward passes: attention and feed-forward around the residual
-//! stream. A level (`Keep`) chooses what is kept between the two passes.
+//! stream. A level (`Keep`) chooses the values that are kept between the two passes.
 //!
 //! `middle = x + attention(x)`, `y = middle + feed_forward(middle)`; in a parallel layer the feed-forward reads x.
 
@@ -19,9 +19,9 @@ use super::self_attention::{self, SelfAttention};
 /// One layer of the frozen base.
 #[derive(Clone, Debug)]
 pub struct Layer {
-    /// Its attention.
+    /// The layer's attention.
     pub attention: SelfAttention,
-    /// Its feed-forward.
+    /// The layer's feed-forward.
     pub feed_forward: FeedForward,
     /// Whether the feed-forward reads the layer's input instead of the stream after attention.
     pub parallel: bool,
@@ -29,14 +29,14 @@ pub struct Layer {
 
 /// The tensors that a layer keeps for its backward pass: its input, and as much of the rest as its level allows.
 pub struct Kept {
-    /// `None`: it waits in host memory, where the decoder has brought it.
+    /// `None`: the decoder has moved it to host memory.
     x: Option<Tensor>,
     attention: self_attention::Kept,
     feed_forward: feed_forward::Kept,
 }
 
 impl Kept {
-    /// Drops what the level does not keep.
+    /// Drops values that the level does not keep.
     fn reduce(mut self, keep: Keep) -> Kept {
         self.attention.reduce(keep);
         self.feed_forward.reduce(keep);
@@ -56,49 +56,49 @@ impl Kept {
         self.x = Some(x);
     }
 
-    /// Number of values held on the device. It must equal what the memory plan counted.
+    /// Returns the number of values held on the device. It must equal what the memory plan counted.
     #[cfg(test)]
     pub fn values(&self) -> usize {
         self.x.as_ref().map_or(0, Tensor::elem_count) + self.attention.values() + self.feed_forward.values()
     }
 }
 
-/// Values per token that a layer keeps on the device at a level. `rank` gives the rank of a projection's pair, 0 if
-/// it has none.
+/// Returns the number of values per token that a layer keeps on the device at a level. `rank` gives the rank of a
+/// projection's pair, 0 if it has none.
 pub fn kept_values(facts: &Facts, layer: usize, rank: impl Fn(&Projection) -> usize, keep: Keep) -> usize {
     let x = if keep == Keep::HostInputs { 0 } else { facts.width };
     x + self_attention::kept_values(facts, layer, &rank, keep)
         + feed_forward::kept_values(facts, layer, &rank, keep)
 }
 
-/// Values per token that a layer's backward pass holds beside what was kept, in its widest moment: the gradient of its
-/// output, and the feed-forward's own.
+/// Returns the number of values per token that a layer's backward pass holds beside the kept values, in its widest
+/// moment: the gradient of its output, and the feed-forward's own.
 pub fn working_values(facts: &Facts, layer: usize, dropout: bool) -> usize {
     facts.width + feed_forward::working_values(facts, layer, dropout)
 }
 
-/// Values per token that a step of running sequences holds in a layer's widest moment.
+/// Returns the number of values per token that a step of running sequences holds in a layer's widest moment.
 pub fn step_values(facts: &Facts, layer: usize) -> usize {
     3 * facts.width + self_attention::step_values(facts, layer).max(feed_forward::step_values(facts, layer))
 }
 
 impl Layer {
-    /// Its linear layers, in the order in which sites are numbered.
+    /// Returns the layer's linear layers, in the order in which sites are numbered.
     pub fn linears(&self) -> impl Iterator<Item = &Linear> {
         let Form::Dense(dense) = &self.feed_forward.form;
         let attention = self.attention.query_key_value.iter().chain([&self.attention.output]);
         attention.chain(&dense.gate_up).chain([&dense.down])
     }
 
-    /// The same, to be changed.
+    /// Returns the same, to be changed.
     pub fn linears_mut(&mut self) -> Vec<&mut Linear> {
         let Form::Dense(dense) = &mut self.feed_forward.form;
         let attention = self.attention.query_key_value.iter_mut().chain([&mut self.attention.output]);
         attention.chain(&mut dense.gate_up).chain([&mut dense.down]).collect()
     }
 
-    /// Spare columns that the gradient of the layer's output must have in a pass over `tokens` rows. The gradient in
-    /// front of a norm has columns of its own.
+    /// Returns the number of spare columns that the gradient of the layer's output must have in a pass over `tokens`
+    /// rows. The gradient in front of a norm has columns of its own.
     pub fn spare(&self, tokens: usize, device: &Device, pass: &Pass) -> usize {
         let Form::Dense(dense) = &self.feed_forward.form;
         let of = |linear: &Linear, post_norm: &Option<Norm>| match post_norm {
@@ -116,8 +116,8 @@ impl Layer {
             && rounded_in(std::slice::from_ref(&dense.down), tokens, device, pass)
     }
 
-    /// x [T, C] -> the layer's output, and as much of what its backward pass needs as `keep` allows. An input that
-    /// waits in host memory is the caller's to bring there and back.
+    /// x [T, C] -> the layer's output, and the values for its backward pass that `keep` allows. If an input waits in
+    /// host memory, the caller copies it there and back.
     pub fn forward(&self, x: Tensor, keep: Keep, pass: &Pass) -> Result<(Tensor, Kept)> {
         let attention = self.attention.complete(Default::default(), &x, pass)?;
         let middle = attention.sum();

@@ -32,13 +32,14 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// Spare columns that the input, and the gradient of the output, must have in a pass over `tokens` rows.
+    /// Returns the number of spare columns that the input, and the gradient of the output, must have in a pass over
+    /// `tokens` rows.
     pub fn spare(&self, tokens: usize, device: &Device, pass: &Pass) -> usize {
         spare_in(std::slice::from_ref(self), tokens, device, pass)
     }
 
-    /// Writes y [T, N], or adds to it if `add` is set. Returns what the adapter in training needs for its backward
-    /// pass; `None` also if that stays in the spare columns of x.
+    /// Writes y [T, N], or adds to it if `add` is set. Returns `x A^T` if the adapter in training needs it for its
+    /// backward pass; `None` also if it stays in the spare columns of x.
     pub fn forward(&self, x: &Operand, y: &Tensor, add: bool, pass: &Pass) -> Result<Low> {
         #[cfg(feature = "cuda")]
         if let Some(group) = super::inside::Group::of(std::slice::from_ref(self), &x.values, pass)? {
@@ -122,7 +123,7 @@ impl Linear {
         Ok((sum, low))
     }
 
-    /// Writes or adds the bias. Returns whether the product is added to what y[:, at..at+N] has then.
+    /// Writes or adds the bias. Returns whether the product must be added to y[:, at..at+N].
     pub(super) fn begin(&self, y: &Tensor, at: usize, add: bool) -> Result<bool> {
         if let Some(bias) = &self.bias {
             bias::apply(bias, y, at, add)?;
@@ -130,7 +131,7 @@ impl Linear {
         Ok(add || self.bias.is_some())
     }
 
-    /// `forward` without an adapter.
+    /// Does `forward` without an adapter.
     fn base(&self, x: &Tensor, y: &Tensor, at: usize, add: bool, pass: &Pass) -> Result<()> {
         let beta = if self.begin(y, at, add)? { 1.0 } else { 0.0 };
         self.product(x, None, y, at, beta, pass)
@@ -171,7 +172,7 @@ impl Linear {
         self.backward_apart(&dy.values, 0, x, low, dx.map(|dx| (dx, false)), pass)
     }
 
-    /// `backward` for columns of `dy`, which may add to `dx`: the base, then the adapter.
+    /// Does `backward` for columns of `dy`, and may add to `dx`: the base, then the adapter.
     fn backward_apart(
         &self,
         dy: &Tensor,
@@ -200,7 +201,7 @@ impl Linear {
     }
 }
 
-/// Each layer with its first column in the matrix that holds the outputs of all of them side by side.
+/// Returns each layer with its first column in the matrix that holds the outputs of all of them side by side.
 pub(super) fn columns(parts: &[Linear]) -> impl Iterator<Item = (usize, &Linear)> {
     parts.iter().scan(0, |at, part| {
         let from = *at;
@@ -209,7 +210,7 @@ pub(super) fn columns(parts: &[Linear]) -> impl Iterator<Item = (usize, &Linear)
     })
 }
 
-/// The low-rank product of x, copied out of its spare columns, for the layer's backward pass.
+/// Returns the low-rank product of x, copied out of its spare columns, for the layer's backward pass.
 pub fn kept_low(linear: &Linear, x: &Tensor, pass: &Pass) -> Result<Low> {
     #[cfg(feature = "cuda")]
     if let Some(group) = super::inside::Group::of(std::slice::from_ref(linear), x, pass)? {
@@ -219,8 +220,8 @@ pub fn kept_low(linear: &Linear, x: &Tensor, pass: &Pass) -> Result<Low> {
     Ok(None)
 }
 
-/// x -> the outputs of all layers in the columns of one matrix, and what the adapter in training needs for its backward
-/// pass. x has as many spare columns as `spare_in` says.
+/// x -> the outputs of all layers in the columns of one matrix, and `x A^T` of each if the adapter in training needs it
+/// for its backward pass. x has as many spare columns as `spare_in` says.
 pub fn side_by_side(parts: &[Linear], operand: &Operand, pass: &Pass) -> Result<(Tensor, Vec<Low>)> {
     let x = &operand.values;
     let width: usize = parts.iter().map(|part| part.weight.dims().0).sum();
@@ -242,7 +243,7 @@ pub fn side_by_side(parts: &[Linear], operand: &Operand, pass: &Pass) -> Result<
     Ok((y, lows))
 }
 
-/// x in 8 bits for all of the layers, if they are multiplied in them. `width` is that of their outputs.
+/// Returns x in 8 bits for all of the layers, if they are multiplied in them. `width` is that of their outputs.
 fn shared_in_8_bits(parts: &[Linear], x: &Tensor, width: usize, pass: &Pass) -> Result<Option<Scaled>> {
     let takes = |(at, part): (usize, &Linear)| {
         let (n, k) = part.weight.dims();
@@ -254,7 +255,7 @@ fn shared_in_8_bits(parts: &[Linear], x: &Tensor, width: usize, pass: &Pass) -> 
     }
 }
 
-/// The parts of a serving step. Returns whether what finished adapters make of x is added, too.
+/// Computes layers side by side in a serving step. Returns whether the finished adapters' parts are added too.
 fn served_side_by_side(parts: &[Linear], x: &Tensor, y: &Tensor, pass: &Pass) -> Result<bool> {
     #[cfg(feature = "cuda")]
     if pass.apart && x.device().is_cuda() {
@@ -272,9 +273,9 @@ fn served_side_by_side(parts: &[Linear], x: &Tensor, y: &Tensor, pass: &Pass) ->
     columns(parts).try_for_each(|(at, part)| part.base(x, y, at, false, pass)).map(|()| false)
 }
 
-/// Layers side by side of a serving step on a GPU, whose columns begin at `at`, with what finished adapters make of x,
-/// onto `base` if it is given: one product, and one launch for the adapters. False if no kernel takes them; then
-/// nothing was done.
+/// Computes layers side by side of a serving step on a GPU, with the finished adapters' parts: one product, and one
+/// launch for the adapters. The layers' columns begin at `at`; the result is added to `base` if it is given. False if
+/// no kernel takes them; then nothing was done.
 #[cfg(feature = "cuda")]
 fn few_rows(
     parts: &[Linear],
@@ -287,7 +288,7 @@ fn few_rows(
     few_rows_with(parts, x, y, at, base, pass, None)
 }
 
-/// `few_rows` with the adapters' part of x, if a launch has made it.
+/// Does `few_rows` with the adapters' `x A^T` in `low`, if a launch has made it.
 #[cfg(feature = "cuda")]
 pub(super) fn few_rows_with(
     parts: &[Linear],
@@ -326,8 +327,8 @@ pub(super) fn few_rows_with(
     Ok(true)
 }
 
-/// The parts of a step on a CPU whose rows are all short, if the parts have one factor and no bias. Returns whether
-/// what finished adapters make of x is added, too. `None`: nothing was done.
+/// Computes layers side by side in a step on a CPU whose rows are all short, if the layers have one factor and no bias.
+/// Returns whether the finished adapters' parts are added too. `None`: nothing was done.
 fn short_side_by_side(parts: &[Linear], x: &Tensor, y: &Tensor, pass: &Pass) -> Result<Option<bool>> {
     let (factor, precision) = (parts[0].factor, pass.precision);
     if !has_short_rows(x, pass)? || parts.iter().any(|part| part.factor != factor || part.bias.is_some()) {
@@ -343,7 +344,7 @@ fn has_short_rows(x: &Tensor, pass: &Pass) -> Result<bool> {
     Ok(pass.apart && x.device().is_cpu() && x.dim(0)? == pass.short)
 }
 
-/// A product of short rows, with what finished adapters make of x: A's part beside the product, B's behind it. Returns
+/// Computes a product of short rows, with the finished adapters' parts: A's beside the product, B's after it. Returns
 /// whether the adapters are added. `None`: no kernel takes the product; nothing was done.
 fn with_short_rows(
     linears: &[(usize, &Linear)],

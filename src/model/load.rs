@@ -31,14 +31,14 @@ use super::{Options, stored};
 /// Loads and quantises the base. `facts` were read from the same folder. A checkpoint that does not fit them, and
 /// values that are not finite, are model faults.
 ///
-/// On a CPU, activations are f32 whatever the precision of products; on a GPU they are stored in that precision.
+/// On a CPU, activations are always f32; on a GPU they are stored in that precision.
 pub fn load(facts: Facts, options: &Options, device: &Device, report: &Report) -> Result<Decoder> {
     load_at(&Home::Device, facts, options, device, report)
 }
 
-/// `load` with the 4-bit weights of the layers at `home`. Each layer is moved there when it is loaded, so that the
-/// device never holds more than one whole layer beside what stays on it, and two buffers of that size while ranks that
-/// share the base hand out its pieces.
+/// Does `load` with the 4-bit weights of the layers at `home`. Each layer is moved there when it is loaded. So the
+/// device never holds more than one whole layer beside the tensors that stay on it, and two buffers of that size while
+/// ranks that share the base hand out its pieces.
 pub fn load_at(
     home: &Home,
     facts: Facts,
@@ -49,8 +49,8 @@ pub fn load_at(
     load_in(activation_type(device, options.precision), home, device, facts, options, report)
 }
 
-/// `load_at` on one of several ranks, with a fingerprint of what it read, for comparing the ranks' weights. It calls
-/// `progressed` before each layer.
+/// Does `load_at` on one of several ranks. Returns a fingerprint of the tensors that it read too, for comparing the
+/// ranks' weights. It calls `progressed` before each layer.
 pub fn load_compared(
     home: &Home,
     facts: Facts,
@@ -77,7 +77,7 @@ pub fn load_compared(
     Ok((decoder, fingerprint))
 }
 
-/// A decoder of these facts with a random base, made tensor by tensor in the form that it is kept in. For
+/// Returns a decoder of these facts with a random base, made tensor by tensor in the form that it is kept in. For
 /// benchmarks.
 pub fn random(
     home: &Home,
@@ -92,7 +92,7 @@ pub fn random(
     loader.decoder(report)
 }
 
-/// The type that activations are stored in.
+/// Returns the type that activations are stored in.
 pub fn activation_type(device: &Device, precision: Precision) -> DType {
     match (device, precision) {
         (Device::Cpu, _) | (_, Precision::F32) => DType::F32,
@@ -100,7 +100,7 @@ pub fn activation_type(device: &Device, precision: Precision) -> DType {
     }
 }
 
-/// `load` with another type of activations: f64 in tests of gradients.
+/// Does `load` with another type of activations: f64 in tests of gradients.
 pub(super) fn load_in(
     dtype: DType,
     home: &Home,
@@ -116,7 +116,7 @@ pub(super) fn load_in(
     loader.decoder(report)
 }
 
-/// Like `load`, from tensors that are already open.
+/// Does `load` from tensors that are already open.
 ///
 /// # Errors
 /// Model: the tensors are not those of the facts.
@@ -268,7 +268,7 @@ impl Loader<'_> {
         }))
     }
 
-    /// The weight of a norm as a factor: Gemma's stored weight plus one.
+    /// Returns the weight of a norm as a factor: Gemma's stored weight plus one.
     fn norm_weight(&self, path: &str, width: usize) -> Result<Tensor> {
         let plus = match self.facts.norm.form {
             NormForm::RmsPlusOne => 1.0,

@@ -108,7 +108,7 @@ pub struct Trainable {
     pub params: Tensor,
     /// The gradients, as long as `params`: all of `sums` behind the losses.
     pub grads: Tensor,
-    /// The ranks' losses, and behind them the gradients: what the ranks of a run add up. The losses are known last, and
+    /// The values that the ranks of a run add up: the ranks' losses, then the gradients. The losses are known last, and
     /// so are the gradients of the first layers, which stand beside them.
     pub sums: Tensor,
     /// The parameters that passes compute with: `params` itself, or its bf16 copy.
@@ -124,7 +124,7 @@ pub struct Trainable {
 pub const LOSSES: usize = 128;
 const LOSS: usize = 4;
 
-/// Bytes of a parameter and its gradient in f32. `copied`: passes compute with a bf16 copy.
+/// Returns the number of bytes of a parameter and its gradient in f32. `copied`: passes compute with a bf16 copy.
 pub fn parameter_bytes(copied: bool) -> usize {
     8 + if copied { 2 } else { 0 }
 }
@@ -182,7 +182,7 @@ impl Part<'_> {
 }
 
 impl Pair {
-    /// x A^T [T, R].
+    /// Returns x A^T [T, R].
     pub(super) fn low(&self, x: &Tensor, precision: Precision) -> Result<Tensor> {
         let low = unwritten((x.dim(0)?, self.a.dims().0), x.dtype(), x.device())?;
         matmul::forward(x, &self.a, 1.0, &low, 0, 0.0, precision)?;
@@ -202,28 +202,28 @@ impl Pairs {
         }
     }
 
-    /// The same adapter with trained rows of tables of tokens.
+    /// Returns the same adapter with trained rows of tables of tokens.
     pub fn with_tokens(self, tokens: Vec<FinishedRows>) -> Pairs {
         Pairs { tokens, ..self }
     }
 
-    /// The trained rows of tables of tokens.
+    /// Returns the trained rows of tables of tokens.
     pub fn tokens(&self) -> &[FinishedRows] {
         &self.tokens
     }
 
-    /// The pair of a linear layer, if this adapter has one.
+    /// Returns the pair of a linear layer, if this adapter has one.
     pub fn get(&self, linear: usize) -> Option<&Pair> {
         self.list.get(linear).and_then(Option::as_ref)
     }
 
-    /// The largest rank of a pair; 0 without pairs.
+    /// Returns the largest rank of a pair; 0 without pairs.
     pub fn rank(&self) -> usize {
         self.list.iter().flatten().map(|pair| pair.a.dims().0).max().unwrap_or(0)
     }
 
-    /// B of each pair as `row_pairs` reads it, by the index of its linear layer; `None`: there is none, or it is in 4
-    /// bits.
+    /// Returns B of each pair as `row_pairs` reads it, by the index of its linear layer; `None`: there is none, or it
+    /// is in 4 bits.
     fn across(&self) -> Result<&[Option<Tensor>]> {
         if self.across.get().is_none() {
             let across = |pair: &Option<Pair>| match pair {
@@ -241,7 +241,7 @@ impl Pairs {
         self.list.iter().flatten().any(|pair| pair.dora.is_some())
     }
 
-    /// Addresses of the matrices, for the launches that serve many adapters.
+    /// Returns addresses of the matrices, for the launches that serve many adapters.
     #[cfg(feature = "cuda")]
     fn table(&self, device: &Device) -> Result<&Tensor> {
         if self.table.get().is_none() {
@@ -262,8 +262,8 @@ impl Pairs {
         Ok(self.table.get().expect("just made"))
     }
 
-    /// Bytes of all matrices, and of the magnitudes with the lengths that belong to them. A CPU holds B twice
-    /// (`across`).
+    /// Returns the number of bytes of all matrices, and of the magnitudes with the lengths that belong to them. A CPU
+    /// holds B twice (`across`).
     pub fn bytes(&self) -> usize {
         let magnitudes = |pair: &Pair| if pair.dora.is_some() { 12 * pair.b.dims().0 } else { 0 };
         let held = |b: &Weight| match b {
@@ -287,7 +287,7 @@ fn by_number<T>(entries: impl IntoIterator<Item = (usize, T)>) -> Vec<Option<T>>
 }
 
 impl<'a> Mixture<'a> {
-    /// The sum of these adapters, each on its rows and with its strength.
+    /// Returns the sum of these adapters, each on its rows and with its strength.
     pub fn new(parts: Vec<Part<'a>>) -> Mixture<'a> {
         Mixture {
             parts,
@@ -301,12 +301,12 @@ impl<'a> Mixture<'a> {
         self.parts.iter().any(|part| part.adapter.has_magnitudes())
     }
 
-    /// The adapters with their rows and strengths.
+    /// Returns the adapters with their rows and strengths.
     pub(super) fn parts(&self) -> &[Part<'a>] {
         &self.parts
     }
 
-    /// Adds what the adapters make of x, for layers that read the same x, each with the first of its columns in y.
+    /// Adds the adapters' parts of x, for layers that read the same x, each with the first of its columns in y.
     pub(super) fn forward(
         &self,
         linears: &[(usize, &Linear)],
@@ -330,8 +330,8 @@ impl<'a> Mixture<'a> {
         linears.iter().try_for_each(|(at, linear)| self.products(linear, x, y, *at, pass, pass.apart, &parts))
     }
 
-    /// The pairs on the rows of short segments on a CPU, but those of adapters with magnitudes, which change the base's
-    /// output, too. `None`: they are left to products.
+    /// Returns the pairs on the rows of short segments on a CPU, except those of adapters with magnitudes, which also
+    /// change the base's output. `None`: they are left to products.
     pub(super) fn short_layers(
         &self,
         linears: &[(usize, &Linear)],
@@ -358,7 +358,8 @@ impl<'a> Mixture<'a> {
         Ok(Some(layers))
     }
 
-    /// Short parts row by row, which leaves a row's bits to its own adapters; the others by products.
+    /// Adds short parts row by row, so that a row's bits depend on its own adapters alone, and the other parts by
+    /// products.
     #[cfg(feature = "cuda")]
     fn forward_on_gpu(
         &self,
@@ -389,7 +390,7 @@ impl<'a> Mixture<'a> {
         self.items(x)?.map_or(Ok(None), |items| items.low(x, &sites, linears[0].1.factor))
     }
 
-    /// The layers' input and `low` of it in one launch, if that is better.
+    /// Returns the layers' input and `low` of it in one launch, if that is better.
     #[cfg(feature = "cuda")]
     pub(super) fn make(
         &self,
@@ -421,7 +422,7 @@ impl<'a> Mixture<'a> {
         Ok(())
     }
 
-    /// The adapters of short parts, row by row, for a step with the rows of x.
+    /// Returns the adapters of short parts, row by row, for a step with the rows of x.
     #[cfg(feature = "cuda")]
     fn items(&self, x: &Tensor) -> Result<Option<&adapters::Items>> {
         if self.items.get().is_none() {
@@ -441,7 +442,7 @@ impl<'a> Mixture<'a> {
         self.parts.iter().all(row_by_row)
     }
 
-    /// The same adapters, of which nothing was copied to a GPU yet.
+    /// Returns the same adapters, of which nothing was copied to a GPU yet.
     #[cfg(feature = "cuda")]
     pub(super) fn again(&self) -> Mixture<'a> {
         Mixture::new(self.parts.clone())
@@ -453,7 +454,7 @@ impl<'a> Mixture<'a> {
         self.parts.iter().try_for_each(|part| part.adapter.table(device).map(|_| ()))
     }
 
-    /// Copies what layers read of the adapters to a GPU, for a step of so many rows, once.
+    /// Copies the values that layers read of the adapters to a GPU, once, for a step of `rows` rows.
     #[cfg(feature = "cuda")]
     pub(super) fn send(&self, rows: usize, device: &Device) -> Result<()> {
         let _ = self.items.set(self.short_items(rows, true, device)?);
@@ -484,7 +485,7 @@ impl<'a> Mixture<'a> {
         if rows.is_empty() {
             return Ok(None);
         }
-        // Rows with the same adapter share what is read of it.
+        // Rows with the same adapter share the loaded values of it.
         let mut rows: Vec<(usize, Vec<&Part>)> = rows.into_iter().collect();
         rows.sort_by_key(|(row, parts)| (std::ptr::from_ref(parts[0].adapter), *row));
         let mut list = Vec::new();
@@ -593,7 +594,7 @@ impl Training<'_> {
         }
     }
 
-    /// The pair's input: x, or x after dropout.
+    /// Returns the pair's input: x, or x after dropout.
     pub(super) fn input(&self, learner: &Learner, x: &Tensor) -> Result<Tensor> {
         match self.dropout_keys {
             Some(keys) if self.adapter.dropout > 0.0 => {
@@ -672,7 +673,7 @@ impl Trainable {
         })
     }
 
-    /// This adapter in a pass without dropout.
+    /// Returns this adapter for a pass without dropout.
     pub fn evaluated(&self) -> Lora<'_> {
         Lora::Training(Training { adapter: self, dropout_keys: None })
     }
@@ -695,12 +696,12 @@ impl Trainable {
         Ok(Pairs::new(pairs).with_tokens(tokens))
     }
 
-    /// The copy that passes compute with, if it is not the parameters themselves.
+    /// Returns the copy that passes compute with, if it is not the parameters themselves.
     pub fn copy(&self) -> Option<&Tensor> {
         (self.compute.dtype() != self.params.dtype()).then_some(&self.compute)
     }
 
-    /// The parameters have changed: what was computed from them is computed again when it is needed.
+    /// Marks the parameters as changed. Values that were computed from them are computed again when they are needed.
     pub fn changed(&self) {
         self.learners
             .iter()
@@ -731,22 +732,22 @@ impl Trainable {
         flat::write(&self.compute, &self.params.to_device(&Device::Cpu)?.to_dtype(self.compute.dtype())?)
     }
 
-    /// The losses of all ranks in `sums`.
+    /// Returns the losses of all ranks in `sums`.
     pub fn losses(&self) -> Result<Tensor> {
         self.sums.narrow(0, 0, LOSSES)
     }
 
-    /// The two elements of `losses` for one rank's loss. Ranks beyond 32 share places, which a sum allows.
+    /// Returns the two elements of `losses` for one rank's loss. Ranks beyond 32 share places, which a sum allows.
     pub fn loss_of(&self, rank: usize) -> Result<Tensor> {
         self.losses()?.narrow(0, rank * LOSS % LOSSES, 2)
     }
 
-    /// A [R, K] and B [N, R] of a site as views of one of the flat buffers.
+    /// Returns A [R, K] and B [N, R] of a site as views of one of the flat buffers.
     pub fn views(&self, flat: &Tensor, site: &Site) -> Result<(Tensor, Tensor)> {
         views(flat, site)
     }
 
-    /// The magnitudes of a site as a view of one of the flat buffers, if it has them.
+    /// Returns the magnitudes of a site as a view of one of the flat buffers, if it has them.
     pub fn magnitudes(&self, flat: &Tensor, site: &Site) -> Result<Option<Tensor>> {
         magnitudes(flat, site)
     }
@@ -755,7 +756,7 @@ impl Trainable {
         self.learners.get(linear).and_then(Option::as_ref)
     }
 
-    /// A linear layer and its pair, as far as they decide whether the pair lies inside the product.
+    /// Returns a linear layer and its pair, as far as they decide whether the pair lies inside the product.
     pub(super) fn member(&self, linear: &Linear) -> Member {
         let learner = self.learner(linear.site);
         Member {
@@ -768,12 +769,12 @@ impl Trainable {
 }
 
 impl Learner {
-    /// The rank of the pair.
+    /// Returns the rank of the pair.
     pub fn rank(&self) -> usize {
         self.pair.a.dims().0
     }
 
-    /// The pair for the product that it lies inside of.
+    /// Returns the pair for the product that it lies inside of.
     #[cfg(feature = "cuda")]
     pub fn inside(&self) -> low_rank::Pair<'_> {
         let Weight::Dense(a) = &self.pair.a else { unreachable!("an adapter in training is dense") };
@@ -808,7 +809,7 @@ fn initialize(a: &mut [f32], b: &mut [f32], site: &Site, options: &LoraOptions) 
     }
 }
 
-/// A normal number from two uniform ones (Box and Muller).
+/// Returns a normal number from two uniform ones (Box and Muller).
 fn normal(unit: &mut impl FnMut() -> f64) -> f64 {
     let radius = (-2.0 * (1.0 - unit()).ln()).sqrt();
     radius * (std::f64::consts::TAU * unit()).cos()
@@ -835,7 +836,8 @@ fn orthogonal(a: &mut [f32], b: &mut [f32], rank: usize, normal: &mut impl FnMut
     }
 }
 
-/// A random orthogonal matrix: normal rows, each without its parts along those before it (twice, for exactness).
+/// Returns a random orthogonal matrix: normal rows, each without its parts along those before it (twice, for
+/// exactness).
 fn orthonormal_rows(rank: usize, normal: &mut impl FnMut() -> f64) -> Vec<Vec<f64>> {
     let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
     let mut rows: Vec<Vec<f64>> = Vec::with_capacity(rank);
@@ -852,7 +854,7 @@ fn orthonormal_rows(rank: usize, normal: &mut impl FnMut() -> f64) -> Vec<Vec<f6
     rows
 }
 
-/// FNV-1a, a stable hash of a path.
+/// Returns the FNV-1a hash of a path, which is stable.
 fn fnv(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ byte as u64).wrapping_mul(0x0100_0000_01b3))
 }

@@ -14,7 +14,8 @@ use super::lora::{Lora, Mixture};
 use super::norm::Norm;
 use super::pass::Pass;
 
-/// The outputs of layers side by side that read the norm of x. `None`: the operations are done one after the other.
+/// Returns the outputs of layers side by side that read the norm of x. `None`: the operations are done one after the
+/// other.
 pub fn side_by_side(
     norm: &Option<Norm>,
     x: &Tensor,
@@ -58,7 +59,7 @@ pub fn onto(
     }
 }
 
-/// The adapters of the step, if a product of few rows takes these layers as they are.
+/// Returns the adapters of the step, if a product of few rows takes these layers as they are.
 fn mixture<'a>(parts: &[Linear], x: &Tensor, pass: &Pass<'a>) -> Option<&'a Mixture<'a>> {
     let Lora::Mixed(mixture) = pass.lora else { return None };
     let alike =

@@ -46,7 +46,7 @@ mod judge_on_gpu;
 pub struct Options {
     /// The model folder.
     pub folder: PathBuf,
-    /// How the base's linear layers are stored.
+    /// The storage of the base's linear layers.
     pub quantization: Quantization,
     /// The adapter.
     pub lora: LoraOptions,

@@ -1,5 +1,5 @@
-//! Norms as the layers use them: before a branch, after it where it joins the residual stream, and of queries and
-//! keys inside qkv. All of them are frozen.
+//! Norms as the layers use them: before a branch, after it (before the sum with the residual stream), and of queries
+//! and keys inside qkv. All of them are frozen.
 
 use candle_core::{Result, Tensor};
 
@@ -64,7 +64,7 @@ pub fn forward(norm: &Option<Norm>, x: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// `forward` with `spare` more columns, which are not written, and in 8 bits too if `rounded` is set. With spare
+/// Does `forward` with `spare` more columns, which are not written, and in 8 bits too if `rounded` is set. With spare
 /// columns it also returns the factors of the rows, f32 `[T]`, if the norm is one of root mean squares: x times them
 /// and the weight is the norm.
 pub fn forward_beside(
@@ -107,12 +107,12 @@ pub struct Normed<'a> {
 }
 
 impl<'a> Normed<'a> {
-    /// The norm, computed again.
+    /// Returns the norm, computed again.
     pub fn values(&self) -> Result<Tensor> {
         forward(self.norm, self.x)
     }
 
-    /// Factors of the rows and of the columns that make the norm of x; `None`: only `values` gives it.
+    /// Returns the factors of the rows and of the columns that make the norm of x; `None`: only `values` gives it.
     #[cfg(feature = "cuda")]
     pub(super) fn factors(&self) -> Option<(&'a Tensor, &'a Tensor)> {
         match (self.norm, self.scales) {
@@ -151,14 +151,14 @@ pub struct Branch {
 }
 
 impl Branch {
-    /// Number of values held beside the sum.
+    /// Returns the number of values held beside the sum.
     #[cfg(test)]
     pub fn values(&self) -> usize {
         count(&self.branch) + count(&self.low)
     }
 }
 
-/// Number of values of a tensor that may not be kept.
+/// Returns the number of values of a tensor that may not be kept.
 #[cfg(test)]
 pub(super) fn count(tensor: &Option<Tensor>) -> usize {
     tensor.as_ref().map_or(0, Tensor::elem_count)

@@ -1,5 +1,5 @@
-//! What linear layers multiply: activations, or gradients of their outputs, and the same in 8 bits if the kernel that
-//! made them wrote both. Otherwise a product in 8 bits rounds its operand in a pass of its own.
+//! Operands of linear layers: activations or gradients of outputs, and the same in 8 bits if the kernel that made them
+//! wrote both. If it did not, a product in 8 bits rounds its operand in a pass of its own.
 
 use candle_core::Tensor;
 
@@ -10,7 +10,8 @@ use crate::ops::fp8::Scaled;
 pub struct Operand {
     /// The matrix, with the spare columns that the layers ask for.
     pub values: Tensor,
-    /// It without spare columns in 8 bits, or the gradient of each of the layers side by side; empty: not rounded yet.
+    /// The matrix without spare columns in 8 bits, or the gradient of each of the layers side by side; empty: not
+    /// rounded yet.
     pub rounded: Vec<Scaled>,
 }
 

@@ -1,8 +1,7 @@
-//! Which pages of a cache are free, which a sequence holds, and which hold the beginning of a prompt that others
-//! may share.
+//! The state of a cache's pages: free, held by a sequence, or the beginning of a prompt that others may share.
 //!
-//! A beginning is shared in chunks of so many pages, since rows of whole chunks are the same bits whoever computes
-//! them. A chunk that nobody uses stays until its pages are needed; the one that was used longest ago goes first.
+//! A beginning is shared in chunks of `chunk_pages` pages, since rows of whole chunks have the same bits in every
+//! sequence. A chunk that nobody uses stays until its pages are needed; the one that was used longest ago goes first.
 
 use std::collections::HashMap;
 
@@ -28,7 +27,7 @@ struct Chunk {
 /// The pages and tokens of a sequence.
 #[derive(Debug, Default, PartialEq)]
 pub struct Held {
-    /// In the order of positions.
+    /// The pages in the order of positions.
     pub pages: Vec<u32>,
     /// Chunks at the beginning that belong to the pool; `None`: the chunk's pages are the sequence's own.
     shared: Vec<Option<Key>>,
@@ -37,13 +36,14 @@ pub struct Held {
 }
 
 impl Pool {
-    /// All pages are free.
+    /// Returns a pool whose pages are all free.
     pub fn new(pages: usize, chunk_pages: usize) -> Pool {
         let free = (0..pages as u32).rev().collect();
         Pool { free, pages, chunk_pages: chunk_pages.max(1), chunks: HashMap::new(), clock: 0 }
     }
 
-    /// So many pages, the first of them chunks of these keys as far as they are known; `None` if too few are free.
+    /// Reserves `pages` pages, the first of them chunks of these keys as far as they are known. `None`: too few are
+    /// free.
     pub fn reserve(&mut self, pages: usize, keys: &[Key]) -> Option<Held> {
         let most = keys.len().min(pages / self.chunk_pages);
         let found = keys[..most].iter().take_while(|key| self.chunks.contains_key(*key)).count();
@@ -69,7 +69,7 @@ impl Pool {
         Some(held)
     }
 
-    /// The unused chunk that was used longest ago gives its pages back.
+    /// Frees the pages of the unused chunk that was used longest ago.
     fn evict(&mut self) {
         let oldest =
             self.chunks.iter().filter(|(_, chunk)| chunk.users == 0).min_by_key(|(_, chunk)| chunk.last);
@@ -78,7 +78,7 @@ impl Pool {
         self.free.extend(chunk.pages);
     }
 
-    /// The next chunk of the sequence is computed: from now on others may use it.
+    /// Marks the next chunk of the sequence as computed, so that others may use it from now on.
     pub fn share(&mut self, held: &mut Held, key: Key) {
         let from = held.shared.len() * self.chunk_pages;
         self.clock += 1;
@@ -102,12 +102,12 @@ impl Pool {
         self.free.extend(&held.pages[held.shared.len() * self.chunk_pages..]);
     }
 
-    /// Pages there are.
+    /// Returns the number of all pages.
     pub fn pages(&self) -> usize {
         self.pages
     }
 
-    /// Pages that sequences use, from 0 to 1.
+    /// Returns the pages that sequences use, from 0 to 1.
     pub fn usage(&self) -> f64 {
         let unused = self.chunks.values().filter(|chunk| chunk.users == 0).count() * self.chunk_pages;
         1.0 - (self.free.len() + unused) as f64 / self.pages.max(1) as f64
@@ -165,7 +165,7 @@ mod tests {
         assert_eq!(pool.reserve(8, &[]).unwrap().pages.len(), 8);
     }
 
-    /// The least recently used goes first, and what is in use stays.
+    /// The least recently used chunk is dropped first; chunks in use stay.
     #[test]
     fn the_oldest_unused_chunk_is_dropped_first() {
         let mut pool = Pool::new(6, 1);

@@ -10,7 +10,7 @@ use super::lora::Lora;
 
 /// The inputs that all layers of a pass share.
 pub struct Pass<'a> {
-    /// The precision of matrix products on a CPU, but for those with the frozen linear layers.
+    /// The precision of matrix products on a CPU, except those with the frozen linear layers.
     pub precision: Precision,
     /// The precision of products with the frozen linear layers, forward and backward. Serving's rows are multiplied
     /// in `precision`.
@@ -43,12 +43,12 @@ pub struct Step {
     pub wanted: Vec<u32>,
 }
 
-/// Rows up to which a segment is short. Which way a row's products are computed depends on its own segment alone,
-/// never on the number of rows in a step. Measured: at 8 rows of one segment both ways take about as long.
+/// Rows up to which a segment is short. The way in which a row's products are computed depends on its own segment
+/// alone, never on the number of rows in a step. Measured: at 8 rows of one segment both ways take about as long.
 pub const SHORT_ROWS: usize = 8;
 
 impl Step {
-    /// Rows of short segments, which come first.
+    /// Returns the number of rows of short segments, which come first.
     pub fn short(&self) -> usize {
         let is_short = |segment: &&Segment| segment.rows.len() <= SHORT_ROWS;
         let short = self.segments.iter().take_while(is_short).count();
@@ -74,8 +74,8 @@ impl Step {
             && self.wanted.iter().copied().eq(0..self.ids.len() as u32)
     }
 
-    /// The step with more segments of one row, up to `rows` rows. Their keys and values go to a page that no sequence
-    /// has.
+    /// Returns the step with more segments of one row, up to `rows` rows. Their keys and values go to a page that no
+    /// sequence has.
     pub fn filled_up(&self, rows: usize, page: u32) -> Step {
         let mut step = self.clone();
         let rope_length = self.rope_lengths.last().copied().unwrap_or(1);
@@ -86,7 +86,7 @@ impl Step {
         step
     }
 
-    /// (position in its sequence, rope length) of each row, as two lists.
+    /// Returns (position in its sequence, rope length) of each row, as two lists.
     pub fn positions(&self) -> (Vec<u32>, Vec<u32>) {
         let segments = || self.segments.iter().zip(&self.rope_lengths);
         let positions = segments().flat_map(|(s, _)| (s.start..s.start + s.rows.len()).map(|at| at as u32));

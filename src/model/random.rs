@@ -38,7 +38,7 @@ pub fn write(folder: &Path, facts: &Facts, seed: u64) -> Result<()> {
         .map_err(|error| Fault::storage("write", &file, &std::io::Error::other(error.to_string())))
 }
 
-/// A matrix [rows, cols] in bf16, uniform with standard deviation 1/sqrt(cols), made as fast as memory allows.
+/// Returns a matrix [rows, cols] in bf16, uniform with standard deviation 1/sqrt(cols), made as fast as memory allows.
 pub(super) fn matrix(rows: usize, cols: usize) -> Result<Tensor> {
     let bound = (3.0 / cols as f32).sqrt();
     let mut values = vec![bf16::ZERO; rows * cols];
@@ -51,8 +51,8 @@ pub(super) fn matrix(rows: usize, cols: usize) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, (rows, cols), &Device::Cpu)?)
 }
 
-/// A quantised weight [rows, cols] with random codes; its scales repeat those of a small weight that was quantised.
-/// The values themselves are never made, so a model of any size needs only the memory of its 4-bit form.
+/// Returns a quantised weight [rows, cols] with random codes; its scales repeat those of a small weight that was
+/// quantised. The values themselves are never made, so a model of any size needs only the memory of its 4-bit form.
 pub(super) fn four_bit(rows: usize, cols: usize, code: Code, double: bool) -> Result<FourBit> {
     const SCALES: usize = 256; // scales that share one second-level scale
     let deviation = 0.7 / (cols as f32).sqrt();

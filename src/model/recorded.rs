@@ -5,9 +5,9 @@
 //! copied to fixed places (`ops::cuda::inputs`). A shape is recorded at its second use. A pass has the same bits by its
 //! graph and launch by launch.
 //!
-//! A graph cannot hold what comes from or goes to the host in between: streamed and shared weights, inputs of layers
-//! that wait on the host, and sums that other ranks begin between layers. DoRA's lengths outlive the pass that computes
-//! them, and trained tokens have lists of their own; those passes go launch by launch too.
+//! A graph cannot hold exchanges with the host within the pass: streamed and shared weights, inputs of layers that wait
+//! on the host, and sums that other ranks begin between layers. DoRA's lengths outlive the pass that computes them, and
+//! trained tokens have lists of their own; those passes go launch by launch too.
 
 use candle_core::Result;
 
@@ -27,7 +27,7 @@ const SHORT_ROWS: usize = 1024;
 pub struct Recorder {
     /// Bytes of device memory that graphs may take; 0: there are none.
     bytes_max: u64,
-    /// The reason why there are no graphs any more, until it is told.
+    /// The reason why there are no graphs any more, until it is reported.
     refusal: Option<String>,
     #[cfg(feature = "cuda")]
     recorded: Option<gpu::Recorded>,
@@ -52,13 +52,13 @@ pub struct TrainingPass<'a> {
 }
 
 impl Recorder {
-    /// No graph. They keep to so many bytes.
+    /// Returns a recorder without graphs. Its graphs will take at most `bytes_max` bytes.
     pub fn new(bytes_max: u64) -> Recorder {
         Recorder { bytes_max, ..Recorder::default() }
     }
 
-    /// `Decoder::forward_backward_by_layer`. On a GPU the batch is filled up to its shape. `done` is needed between
-    /// layers only if it is there; short passes call it at their end.
+    /// Does `Decoder::forward_backward_by_layer`. On a GPU the batch is filled up to its shape. `done` is needed
+    /// between layers only if it is there; short passes call it at their end.
     pub fn pass(&mut self, pass: TrainingPass, done: Option<Done>) -> Result<Number> {
         if !pass.decoder.device.is_cuda() || !Change::Steps.is_on() {
             return pass.plain(done);
@@ -80,7 +80,7 @@ impl Recorder {
         self.refusal.take()
     }
 
-    /// Gives the graphs and their memory up, for good. Returns false if there were none.
+    /// Releases the graphs and their memory permanently. Returns false if there were none.
     pub fn give_up(&mut self) -> bool {
         self.bytes_max = 0;
         #[cfg(feature = "cuda")]
@@ -90,7 +90,7 @@ impl Recorder {
         false
     }
 
-    /// Number of graphs, and bytes of device memory that they took.
+    /// Returns the number of graphs, and bytes of device memory that they took.
     pub fn size(&self) -> (usize, u64) {
         #[cfg(feature = "cuda")]
         if let Some(recorded) = &self.recorded {
@@ -101,7 +101,7 @@ impl Recorder {
 }
 
 impl TrainingPass<'_> {
-    /// The pass launch by launch.
+    /// Computes the pass launch by launch.
     fn plain(self, done: Option<Done>) -> Result<Number> {
         let TrainingPass { decoder, adapter, keep, batch, scale } = self;
         match done {
@@ -137,10 +137,10 @@ mod gpu {
 
     /// Page-locked memories that take turns: a pass's values are written while those of the passes before are copied.
     const TURNS: usize = 4;
-    /// Bytes of each type that inputs begin with. They grow to what a pass needs.
+    /// Bytes of each type that inputs begin with. They grow to the size that a pass needs.
     const BYTES: usize = 16 << 10;
 
-    /// Graphs, and what all of them read and write.
+    /// Graphs, and the memory that all of them read and write.
     pub struct Recorded {
         of: Of,
         device: candle_core::Device,
@@ -176,7 +176,7 @@ mod gpu {
             !self.graphs.is_empty()
         }
 
-        /// Number of graphs, and bytes of device memory that they took.
+        /// Returns the number of graphs, and bytes of device memory that they took.
         pub fn size(&self) -> (usize, u64) {
             self.graphs.size()
         }
@@ -214,7 +214,7 @@ mod gpu {
             Ok(Number::There(own))
         }
 
-        /// Larger inputs. Graphs know the old ones.
+        /// Replaces the inputs by larger ones. The graphs are dropped, since they hold the addresses of the old ones.
         fn grow(&mut self) -> Result<()> {
             self.graphs.clear(self.device.as_cuda_device()?)?;
             self.inputs = Inputs::of(&self.device, &self.inputs.larger(), TURNS)?;
@@ -223,7 +223,7 @@ mod gpu {
     }
 
     impl Drop for Recorded {
-        /// The device works on no graph that goes.
+        /// Waits for the device, which may still work on the graphs that are dropped.
         fn drop(&mut self) {
             if let Ok(device) = self.device.as_cuda_device() {
                 let _ = self.graphs.clear(device);

@@ -10,7 +10,7 @@ use crate::ops::unwritten;
 
 use super::filled;
 
-/// The graphs of a decoder and a cache, and what all of them read and write.
+/// The graphs of a decoder and a cache, and the memory that all of them read and write.
 pub struct Replay {
     /// The decoder's embedding: graphs hold the addresses of its weights.
     pub(super) of: TensorId,
@@ -23,7 +23,8 @@ pub struct Replay {
 }
 
 impl Replay {
-    /// For the decoder with this embedding, whose activations have this type, and most so many sequences.
+    /// Returns an empty list of graphs for the decoder with this embedding, whose activations have type `dtype`, and
+    /// for at most `sequences` sequences.
     pub(super) fn new(
         facts: &Facts,
         embedding: TensorId,
@@ -43,7 +44,7 @@ impl Replay {
         })
     }
 
-    /// Number of graphs, and bytes of device memory that they took.
+    /// Returns the number of graphs, and bytes of device memory that they took.
     pub fn size(&self) -> (usize, u64) {
         self.graphs.size()
     }

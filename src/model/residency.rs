@@ -26,12 +26,13 @@ use super::layer::Layer;
 /// The place of the layers' 4-bit weights.
 #[derive(Clone, Default)]
 pub enum Home {
-    /// On the device.
+    /// The weights lie on the device.
     #[default]
     Device,
     /// In host memory, page-locked for a GPU.
     Host,
-    /// In equal pieces on the devices of all ranks. All ranks must enter the same layers in the same order.
+    /// The weights lie in equal pieces on the devices of all ranks. All ranks must enter the same layers in the same
+    /// order.
     Ranks(Arc<dyn Collective>),
 }
 
@@ -50,7 +51,7 @@ impl Home {
         self.pieces() > 1
     }
 
-    /// Pieces of a layer: the number of ranks that share it.
+    /// Returns the number of pieces of a layer, which is the number of ranks that share it.
     pub(super) fn pieces(&self) -> usize {
         match self {
             Home::Device | Home::Host => 1,
@@ -74,7 +75,8 @@ pub fn embedding_stays_on_host(facts: &Facts) -> bool {
     !facts.tied_head && facts.embedding_scale.factor == 1.0
 }
 
-/// Bytes of a buffer for the weights of a layer that have so many bytes (codes, scales), in so many equal pieces.
+/// Returns the number of bytes of a buffer for the weights of a layer that have so many bytes (codes, scales), in so
+/// many equal pieces.
 pub fn buffer_bytes(weights: impl Iterator<Item = (usize, usize)>, pieces: usize) -> usize {
     let parts = weights.flat_map(|(codes, scales)| [codes, scales]);
     let bytes: usize = parts.map(|bytes| bytes.next_multiple_of(ALIGNMENT)).sum();
@@ -106,14 +108,14 @@ enum Source {
 }
 
 impl Builder {
-    /// `None` if all weights stay on the device.
+    /// Returns `None` if all weights stay on the device.
     pub fn new(home: &Home, device: &Device) -> Option<Builder> {
         let builder = || Builder { home: home.clone(), device: device.clone(), layers: Vec::new() };
         (!home.is_device()).then(builder)
     }
 
-    /// Moves the 4-bit weights of the next layers off the device. What they were is freed. The layers are one, or one
-    /// for each of the ranks that share the base; the last may be fewer.
+    /// Moves the 4-bit weights of the next layers off the device and frees their memory. `layers` is one layer, or one
+    /// for each of the ranks that share the base; the last call may have fewer.
     pub fn take(&mut self, layers: &mut [Layer]) -> fault::Result<()> {
         match self.home.clone() {
             Home::Device => unreachable!("nothing is taken then"),
@@ -136,7 +138,8 @@ impl Builder {
         self.put(layer, Away { bytes, parts, source })
     }
 
-    /// Each of these layers was read by one rank. Every rank gets the forms of all of them, and its piece of each.
+    /// Hands out these layers, each of which one rank has read. Every rank gets the forms of all of them, and its piece
+    /// of each.
     fn take_to_ranks(&mut self, ranks: &dyn Collective, layers: &mut [Layer]) -> fault::Result<()> {
         let (place, world) = (ranks.place(), self.home.pieces());
         let own = layers.get_mut(place.rank).map(|layer| handover::told(&four_bit(layer))).transpose()?;
@@ -191,14 +194,14 @@ impl Builder {
         Ok(sources)
     }
 
-    /// The bytes of a layer's weights in one tensor, as they will lie in a buffer.
+    /// Returns the bytes of a layer's weights in one tensor, as they will lie in a buffer.
     fn whole(&self, weights: &[&mut FourBit], (bytes, parts): &Laid) -> Result<Tensor> {
         let whole = Tensor::zeros(*bytes, DType::U8, &self.device)?;
         contents(weights, parts).try_for_each(|(at, tensor)| slab::write(&whole, at, tensor))?;
         Ok(whole)
     }
 
-    /// The layer's own weights are needed no more.
+    /// Replaces the layer's own weights, which are not needed any more.
     fn put(&mut self, layer: &mut Layer, away: Away) -> Result<()> {
         for weight in four_bit(layer) {
             let nothing = Tensor::zeros(0, DType::U8, &Device::Cpu)?;
@@ -230,7 +233,7 @@ impl Builder {
     }
 }
 
-/// The 4-bit weights of a layer, in the order of its linear layers.
+/// Returns the 4-bit weights of a layer, in the order of its linear layers.
 fn four_bit(layer: &mut Layer) -> Vec<&mut FourBit> {
     let weights = layer.linears_mut().into_iter().filter_map(|linear| match &mut linear.weight {
         Weight::FourBit(weight) => Some(weight),
@@ -253,7 +256,7 @@ fn laid(weights: &[&mut FourBit], pieces: usize) -> Laid {
     (bytes, sizes.map(|(codes, scales)| [next(codes), next(scales)]).collect())
 }
 
-/// Codes and scales of each weight, and where they begin.
+/// Returns codes and scales of each weight, and their places in the layer's bytes.
 fn contents<'a>(
     weights: &'a [&mut FourBit],
     parts: &'a [[Range<usize>; 2]],
@@ -269,7 +272,7 @@ fn scales_mut(weight: &mut FourBit) -> &mut Tensor {
     }
 }
 
-/// Two buffers, and what fills them with a layer's weights.
+/// Two buffers, and the function that fills them with a layer's weights.
 pub struct Ring {
     // Dropped first: it waits for copies to the buffers from host memory.
     fills: Fills,
@@ -283,7 +286,7 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// Bytes that lie on the device: both buffers, and this rank's pieces.
+    /// Returns the number of bytes that lie on the device: both buffers, and this rank's pieces.
     pub fn device_bytes(&self) -> usize {
         let piece = |layer: &Away| match &layer.source {
             Source::Piece(piece) => piece.elem_count(),
@@ -297,7 +300,7 @@ impl Ring {
         self.ranks.is_some()
     }
 
-    /// Bytes that lie in host memory.
+    /// Returns the number of bytes that lie in host memory.
     pub fn host_bytes(&self) -> usize {
         let host = |layer: &&Away| matches!(layer.source, Source::Host(_));
         self.layers.iter().filter(host).map(|layer| layer.bytes).sum()
@@ -308,8 +311,8 @@ impl Ring {
         lock(&self.fault).take()
     }
 
-    /// The layer's weights are in their buffer for all work queued from here on. `next` is the layer after it; its
-    /// buffer begins to fill.
+    /// Makes the layer's weights available in their buffer for all work queued from here on. The buffer of `next`, the
+    /// layer after it, begins to fill.
     fn enter(&self, layer: usize, next: usize) -> Result<()> {
         let mut holds = lock(&self.holds);
         self.fill(layer, &mut holds)?;
@@ -363,14 +366,15 @@ pub(super) struct Tour<'a> {
 }
 
 impl<'a> Tour<'a> {
-    /// Forward through `layers` layers, and back down to layer `lowest`. A `lowest` of `layers` does not turn.
+    /// Returns the way of a pass forward through `layers` layers and back down to layer `lowest`. A `lowest` of
+    /// `layers` does not turn.
     pub fn new(ring: Option<&'a Ring>, layers: usize, lowest: usize) -> Tour<'a> {
         let order =
             if ring.is_some() { (0..layers).chain((lowest..layers).rev()).collect() } else { Vec::new() };
         Tour { ring, order, at: 0 }
     }
 
-    /// The next layer, which must be `layer`, is about to compute.
+    /// Enters the next layer, which must be `layer`, before it computes.
     pub fn enter(&mut self, layer: usize) -> Result<()> {
         let Some(ring) = self.ring else { return Ok(()) };
         assert_eq!(self.order.get(self.at), Some(&layer), "the layers of a pass have one order");
@@ -389,8 +393,8 @@ impl Drop for Tour<'_> {
     }
 }
 
-/// The passes of a rank until all ranks are done with theirs. When it is dropped, the rank gathers for the passes that
-/// others have and it has not, because it has fewer or because it failed.
+/// The passes of a rank until all ranks are done with theirs. When it is dropped, the rank gathers for the further
+/// passes of the others, if it has fewer passes or has failed.
 pub struct Together<'a> {
     ring: Option<&'a Ring>,
     layers: usize,
@@ -415,7 +419,7 @@ impl<'a> Together<'a> {
         Ok(Together { ring, layers, lowest, left })
     }
 
-    /// The next of the passes is about to begin.
+    /// Announces that the next of the passes begins.
     pub fn pass(&mut self) {
         self.left = self.left.saturating_sub(1);
     }
@@ -516,7 +520,7 @@ mod tests {
         _folder: tempfile::TempDir,
     }
 
-    /// A model of random weights. Its adapter begins at layer `lowest`.
+    /// Returns a model of random weights. Its adapter begins at layer `lowest`.
     fn case(family: &str, layers: usize, lowest: usize, code: FourBitCode, double: bool) -> Case {
         let mut config = json!({
             "model_type": family, "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48,
@@ -558,7 +562,8 @@ mod tests {
         tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
     }
 
-    /// The bits of losses and gradients of three passes, of an evaluation between them, and of a step of serving.
+    /// Returns the bits of losses and gradients of three passes, of an evaluation between them, and of a step of
+    /// serving.
     fn results(decoder: &Decoder, options: &Options) -> Vec<Vec<u32>> {
         results_of(decoder, options, &[Keep::Everything, Keep::LayerInputs, Keep::HostInputs])
     }
@@ -665,8 +670,8 @@ mod tests {
         });
     }
 
-    /// A pass forward and backward copies each layer twice but for the two at which it turns, and the next pass begins
-    /// with two that are there.
+    /// A pass forward and backward copies each layer twice, except the two at which it turns. The next pass begins with
+    /// two layers that are there.
     #[test]
     fn layers_that_are_there_are_not_gathered_again() {
         let case = case("llama", 4, 0, FourBitCode::Nf4, true);

@@ -66,7 +66,7 @@ struct Attended {
 }
 
 impl Kept {
-    /// Drops what the level does not keep.
+    /// Drops values that the level does not keep.
     pub fn reduce(&mut self, keep: Keep) {
         if keep >= Keep::AttentionOutput {
             self.projected = None;
@@ -76,7 +76,7 @@ impl Kept {
         }
     }
 
-    /// Number of values held. It must equal what the memory plan counted.
+    /// Returns the number of values held. It must equal the memory plan's count.
     #[cfg(test)]
     pub fn values(&self) -> usize {
         use super::norm::count;
@@ -100,8 +100,8 @@ impl From<Whole> for Kept {
     }
 }
 
-/// Values per token that a layer's attention keeps at a level, including the residual stream after it. `rank` gives
-/// the rank of a projection's pair, 0 if it has none.
+/// Returns the number of values per token that a layer's attention keeps at a level, including the residual stream
+/// after it. `rank` gives the rank of a projection's pair, 0 if it has none.
 pub fn kept_values(facts: &Facts, layer: usize, rank: impl Fn(&Projection) -> usize, keep: Keep) -> usize {
     let attention = &facts.layers[layer].attention;
     let (heads, fused) = (&attention.heads, &attention.query_key_value);
@@ -117,14 +117,15 @@ pub fn kept_values(facts: &Facts, layer: usize, rank: impl Fn(&Projection) -> us
     }
 }
 
-/// Values per token of a step of running sequences in its widest moment: queries, keys, values, and what is attended.
+/// Returns the number of values per token of a step of running sequences in its widest moment: queries, keys, values,
+/// and attention's output.
 pub fn step_values(facts: &Facts, layer: usize) -> usize {
     let heads = &facts.layers[layer].attention.heads;
     heads.columns() + heads.query * heads.width
 }
 
 impl Whole {
-    /// The residual stream after attention.
+    /// Returns the residual stream after attention.
     pub fn sum(&self) -> &Tensor {
         &self.attended.added.sum
     }
@@ -239,7 +240,7 @@ impl SelfAttention {
         side_by_side_backward(&self.query_key_value, &d_qkv.into(), input, &lows, lowest, pass)
     }
 
-    /// Spare columns of the projections' input, and of the gradient of their outputs.
+    /// Returns the number of spare columns of the projections' input, and of the gradient of their outputs.
     fn projected_spare(&self, x: &Tensor, pass: &Pass) -> Result<usize> {
         Ok(spare_in(&self.query_key_value, x.dim(0)?, x.device(), pass))
     }

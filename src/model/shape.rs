@@ -1,31 +1,32 @@
 //! The batch of a training pass on a GPU -> the batch that it is filled up to, so that few graphs serve all passes.
 //!
-//! Rows at the end are an example of their own. No target and no list of rows names them, so their gradient is zero,
-//! and so is what they add to any sum. Targets that fill the list up have neither a row nor a loss.
+//! Rows at the end are an example of their own. No target and no list of rows names them, so their gradient and their
+//! part of every sum are zero. Targets that fill the list up have neither a row nor a loss.
 
 use crate::ops::cross_entropy::NO_TARGET;
 use crate::ops::rows::NO_ROW;
 
 use super::batch::{Batch, Span};
 
-/// Rows that a pass of so many is filled up to: by 15 rows at most up to 128 rows, later by an eighth, and by no more
-/// than 63.
+/// Returns the number of rows that a pass of so many is filled up to: by 15 rows at most up to 128 rows, later by an
+/// eighth, and by no more than 63.
 pub fn rows(rows: usize) -> usize {
     rows.next_multiple_of((rows.next_power_of_two() / 16).clamp(16, 64))
 }
 
-/// Targets that so many are filled up to. Few rows cost the output head no more than one, since it is read once.
+/// Returns the number of targets that so many are filled up to. Few rows cost the output head no more than one, since
+/// it is read once.
 pub fn targets(targets: usize) -> usize {
     targets.next_multiple_of((targets.next_power_of_two() / 4).clamp(64, 128)).max(64)
 }
 
-/// Examples that lists have room for.
+/// Returns the number of examples that lists have room for.
 pub fn examples(examples: usize) -> usize {
     examples.next_power_of_two()
 }
 
 impl Batch {
-    /// The batch with as many rows, targets and room for examples as its shape has.
+    /// Returns the batch with as many rows, targets and room for examples as its shape has.
     pub fn filled_up(&self) -> Batch {
         let (mut batch, from) = (self.clone(), self.rows());
         let Some((&last, span)) = self.ids.last().zip(self.examples.last()) else { return batch };

@@ -22,7 +22,7 @@ use super::lora::{Lora, Mixture, Trainable};
 pub(super) struct Learner {
     /// The rows that passes compute with, [ids, C].
     pub rows: Tensor,
-    /// Their gradient.
+    /// The gradient of the rows.
     pub gradient: Tensor,
 }
 
@@ -40,19 +40,19 @@ pub struct FinishedRows {
 }
 
 impl FinishedRows {
-    /// Rows whose differences to the frozen ones are computed at their first use.
+    /// Returns rows whose differences to the frozen ones are computed at their first use.
     pub fn new(table: Table, ids: Vec<u32>, trained: Tensor) -> FinishedRows {
         FinishedRows { table, ids, trained, difference: Arc::default() }
     }
 
-    /// Bytes of the rows and of their differences.
+    /// Returns the number of bytes of the rows and of their differences.
     pub fn bytes(&self) -> usize {
         2 * self.trained.elem_count() * self.trained.dtype().size_in_bytes()
     }
 }
 
 impl Decoder {
-    /// The frozen rows of a table, in f32 (f64 in tests), on the host.
+    /// Returns the frozen rows of a table, in f32 (f64 in tests), on the host.
     pub fn token_rows(&self, table: Table, ids: &[u32]) -> Result<Tensor> {
         let from = match (table, &self.head.weight) {
             (Table::Embedding, _) => &self.embedding,
@@ -63,7 +63,7 @@ impl Decoder {
         crate::ops::embedding::forward(from, ids, 1.0, dtype, from.device())?.to_device(&Device::Cpu)
     }
 
-    /// Trained rows begin as the frozen ones.
+    /// Sets the trained rows to the frozen ones.
     pub(super) fn begin_token_rows(&self, adapter: &Trainable) -> Result<()> {
         for of in &adapter.tokens {
             let values = self.token_rows(of.table, &of.ids)?.flatten_all()?;
@@ -117,7 +117,8 @@ impl Decoder {
         }
     }
 
-    /// The output head with the rows of these adapters. `wanted`: the rows of the pass that reach it, ascending.
+    /// Returns the output head with the rows of these adapters. `wanted`: the rows of the pass that reach it,
+    /// ascending.
     pub(super) fn head_with(&self, lora: &Lora, wanted: Wanted) -> Result<Head> {
         let mut head = self.head.clone();
         match lora {
@@ -155,7 +156,7 @@ impl Decoder {
 /// The rows of a pass that reach the output head.
 #[derive(Clone, Copy)]
 pub(super) enum Wanted<'a> {
-    /// So many, which are all.
+    /// All rows, of this number.
     All(usize),
     /// These, ascending.
     Some(&'a [u32]),
@@ -169,7 +170,7 @@ impl Wanted<'_> {
         }
     }
 
-    /// The rows that reach the head and lie in a range of the pass.
+    /// Returns the rows that reach the head and lie in a range of the pass.
     fn within(self, range: &Range<usize>) -> Range<usize> {
         match self {
             Wanted::All(_) => range.clone(),
@@ -182,18 +183,18 @@ impl Wanted<'_> {
 }
 
 impl Trainable {
-    /// The trained rows of a table, if there are any.
+    /// Returns the trained rows of a table, if there are any.
     pub(super) fn rows_of(&self, table: Table) -> Option<(&TokenRows, &Learner)> {
         self.tokens.iter().zip(&self.token_learners).find(|(rows, _)| rows.table == table)
     }
 
-    /// The rows of a table as a view [ids, C] of one of the flat buffers.
+    /// Returns the rows of a table as a view [ids, C] of one of the flat buffers.
     pub fn token_view(&self, flat: &Tensor, of: &TokenRows) -> Result<Tensor> {
         view(flat, of)
     }
 }
 
-/// The rows of a table as a view [ids, C] of a flat buffer.
+/// Returns the rows of a table as a view [ids, C] of a flat buffer.
 pub(super) fn view(flat: &Tensor, of: &TokenRows) -> Result<Tensor> {
     flat.narrow(0, of.offset, of.values().len())?.reshape((of.ids.len(), of.width))
 }

@@ -1,7 +1,7 @@
 //! The safetensors of a model folder, single or sharded. Every header is read and checked, the bytes are mapped,
 //! and tensors are read one at a time.
 //!
-//! Names are those of the causal language model, whatever the file was saved from: the bare base model
+//! Names are those of the causal language model, whichever model the file was saved from: the bare base model
 //! (`layers.0...`), or a multimodal wrapper with its old names (`language_model.model...`) or its new ones
 //! (`model.language_model...`).
 
@@ -44,10 +44,10 @@ pub struct Checkpoint {
 
 /// Tensors of a causal language model that lie in no safetensors file, by the names they would have there.
 pub trait Store: std::fmt::Debug + Send + Sync {
-    /// The names of all tensors.
+    /// Returns the names of all tensors.
     fn names(&self) -> Vec<String>;
 
-    /// Shape and values of a tensor, widened to f32; `None` if there is none of the name.
+    /// Returns the shape and values of a tensor, widened to f32; `None` if there is none of the name.
     ///
     /// # Errors
     /// Model: its bytes are damaged.
@@ -56,7 +56,7 @@ pub trait Store: std::fmt::Debug + Send + Sync {
 
 #[derive(Clone, Debug)]
 struct Entry {
-    /// The tensor's name in the file, without what wrappers of training put into it.
+    /// The tensor's name in the file, without the parts that wrappers of training put into it.
     stored: String,
     file: usize,
     dtype: Dtype,
@@ -86,12 +86,12 @@ pub enum Values<'a> {
 }
 
 impl Checkpoint {
-    /// A checkpoint without files, for a random base.
+    /// Returns a checkpoint without files, for a random base.
     pub(super) fn empty() -> Checkpoint {
         Checkpoint { files: Vec::new(), tensors: BTreeMap::new(), store: None }
     }
 
-    /// Tensors of another store.
+    /// Returns tensors of another store.
     pub fn of_store(store: Box<dyn Store>) -> Checkpoint {
         Checkpoint { store: Some(store), ..Checkpoint::empty() }
     }
@@ -167,8 +167,8 @@ impl Checkpoint {
             }
         };
         let file = plain::open(&path).map_err(unread("open"))?;
-        // SAFETY: the mapping is read-only, and a model folder is not written to while it is used. If the file is
-        // cut short meanwhile, a read ends the process with SIGBUS, as for any mapping.
+        // SAFETY: the mapping is read-only, and a model folder is not written to while it is used. If the file becomes
+        // shorter meanwhile, a read ends the process with SIGBUS, as for any mapping.
         let map = unsafe { Mmap::map(&file) }.map_err(unread("map"))?;
         let header = map.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
         if header > HEADER_BYTES_MAX {
@@ -199,14 +199,14 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// A tensor of any type as it is stored.
+    /// Returns a tensor of any type as it is stored.
     pub fn raw(&self, name: &str) -> Option<Raw<'_>> {
         let entry = self.tensors.get(&*language_name(name))?;
         let bytes = &self.files[entry.file].1[entry.from..entry.to];
         Some(Raw { dtype: entry.dtype, shape: &entry.shape, bytes })
     }
 
-    /// All tensors whose names begin so, as they are stored, in the order of their names.
+    /// Returns all tensors whose names begin so, as they are stored, in the order of their names.
     pub fn under(&self, prefix: &str) -> impl Iterator<Item = (&str, Raw<'_>)> {
         let prefix = language_name(prefix).into_owned();
         let all = self.tensors.range(prefix.clone()..).take_while(move |(name, _)| name.starts_with(&prefix));
@@ -216,19 +216,19 @@ impl Checkpoint {
         })
     }
 
-    /// Bytes of all tensors that are read for a language model.
+    /// Returns the number of bytes of all tensors that are read for a language model.
     pub fn bytes(&self) -> usize {
         let read = self.tensors.iter().filter(|(name, _)| !beside_language(name));
         read.map(|(_, entry)| entry.to - entry.from).sum()
     }
 
-    /// Names of all tensors.
+    /// Returns names of all tensors.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// The name under which a file holds a tensor. For a base model that was saved alone, this is the causal language
-    /// model's name, which every loader understands.
+    /// Returns the name under which a file holds a tensor. For a base model that was saved alone, this is the causal
+    /// language model's name, which every loader understands.
     pub fn stored_name(&self, name: &str) -> String {
         let in_wrapper =
             |entry: &&Entry| *language_name(&entry.stored) != *entry.stored || beside_language(&entry.stored);
@@ -238,7 +238,7 @@ impl Checkpoint {
         }
     }
 
-    /// The values of a tensor. A missing tensor, another shape than `shape`, and a type other than F32, F16 and
+    /// Returns the values of a tensor. A missing tensor, another shape than `shape`, and a type other than F32, F16 and
     /// BF16 are model faults.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Values<'_>> {
         if let Some(store) = &self.store {
@@ -308,7 +308,7 @@ fn from_store<'a>(store: &dyn Store, name: &str, shape: &[usize]) -> Result<Valu
 /// Parts of names that training wrappers add and that say nothing about the model.
 const WRAPPERS: [&str; 3] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
 
-/// A tensor's name without the parts that `torch.compile` and data-parallel wrappers add if a state is saved
+/// Returns a tensor's name without the parts that `torch.compile` and data-parallel wrappers add if a state is saved
 /// through them.
 pub fn unwrapped(name: &str) -> Cow<'_, str> {
     let in_front = name.trim_start_matches("module.");
@@ -334,7 +334,7 @@ pub fn beside_language(name: &str) -> bool {
     BESIDE_LANGUAGE.iter().any(|part| name.starts_with(part))
 }
 
-/// The fault for a folder without safetensors: it names the file found instead and says how to get safetensors.
+/// Returns the fault for a folder without safetensors: it names the file found instead and says how to get safetensors.
 fn no_safetensors(folder: &Path) -> Fault {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let mut names: Vec<String> =
@@ -381,7 +381,7 @@ fn read_index(file: &Path) -> Result<BTreeMap<String, String>> {
 }
 
 impl Values<'_> {
-    /// The bytes as stored.
+    /// Returns the bytes as stored.
     pub fn bytes(&self) -> &[u8] {
         match self {
             Values::F32(bytes) => bytes,
@@ -389,7 +389,7 @@ impl Values<'_> {
         }
     }
 
-    /// Some of the values.
+    /// Returns the values of a range.
     pub fn part(&self, range: std::ops::Range<usize>) -> Values<'_> {
         let bytes = |bytes: usize| range.start * bytes..range.end * bytes;
         match self {
@@ -399,7 +399,7 @@ impl Values<'_> {
         }
     }
 
-    /// The stored type.
+    /// Returns the stored type.
     pub fn dtype(&self) -> DType {
         match self {
             Values::F32(_) => DType::F32,
@@ -408,7 +408,7 @@ impl Values<'_> {
         }
     }
 
-    /// The values widened to f32, which is exact for every stored type.
+    /// Returns the values widened to f32, which is exact for every stored type.
     pub fn to_f32(&self) -> Vec<f32> {
         match self {
             Values::F32(bytes) => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
@@ -421,7 +421,7 @@ impl Values<'_> {
         }
     }
 
-    /// The values as bf16, if they are stored so.
+    /// Returns the values as bf16, if they are stored so.
     pub fn bf16(&self) -> Option<Vec<bf16>> {
         match self {
             Values::Bf16(bytes) => {

@@ -12,7 +12,7 @@ use crate::with_real;
 
 const ROWS: usize = 16;
 
-/// The definition, in differentiable primitives.
+/// Returns the definition, in differentiable primitives.
 pub fn formula(x: &Tensor, activation: Activation) -> Result<Tensor> {
     let width = activation.width(x.dim(D::Minus1)?);
     let gate = x.narrow(D::Minus1, 0, width)?;
@@ -33,7 +33,7 @@ pub fn forward(x: &Tensor, activation: Activation) -> Result<Tensor> {
     forward_beside(x, activation, 0)
 }
 
-/// `forward` into the first columns of [T, F + spare]; the spare columns are not written. They need a GPU.
+/// Does `forward` into the first columns of [T, F + spare]; the spare columns are not written. They need a GPU.
 pub fn forward_beside(x: &Tensor, activation: Activation, spare: usize) -> Result<Tensor> {
     let (rows, columns) = x.dims2()?;
     let width = activation.width(columns);
@@ -58,7 +58,7 @@ pub fn backward(dh: &Tensor, x: &Tensor, activation: Activation) -> Result<Tenso
     backward_beside(dh, x, activation, 0)
 }
 
-/// `backward` into the first columns of a matrix with `spare` more, which are not written. They need a GPU.
+/// Does `backward` into the first columns of a matrix with `spare` more, which are not written. They need a GPU.
 pub fn backward_beside(dh: &Tensor, x: &Tensor, activation: Activation, spare: usize) -> Result<Tensor> {
     let (rows, columns) = x.dims2()?;
     let width = activation.width(columns);
@@ -78,13 +78,13 @@ pub fn backward_beside(dh: &Tensor, x: &Tensor, activation: Activation, spare: u
     })
 }
 
-/// `backward_beside` on a GPU, in the same pass over memory of which dh becomes what `forward` returns.
+/// Does `backward_beside` on a GPU, in the same pass over memory of which dh becomes what `forward` returns.
 #[cfg(feature = "cuda")]
 pub fn backward_keeping(dh: &Tensor, x: &Tensor, activation: Activation, spare: usize) -> Result<Tensor> {
     gpu::backward(dh, x, activation, spare, true, &[])
 }
 
-/// `forward_beside` on a GPU, and the result without its spare columns in 8 bits.
+/// Does `forward_beside` on a GPU, and also returns the result without its spare columns in 8 bits.
 #[cfg(feature = "cuda")]
 pub fn forward_rounded(x: &Tensor, activation: Activation, spare: usize) -> Result<(Tensor, Scaled)> {
     let (rows, columns) = x.dims2()?;
@@ -92,8 +92,8 @@ pub fn forward_rounded(x: &Tensor, activation: Activation, spare: usize) -> Resu
     Ok((gpu::forward(x, activation, spare, Some(&rounded))?, rounded))
 }
 
-/// `backward_beside` on a GPU, or `backward_keeping` with `keep`, and the gradient without its spare columns in 8 bits:
-/// as one matrix, or those of gate and of up if `parts` is 2.
+/// Does `backward_beside` on a GPU, or `backward_keeping` with `keep`, and also returns the gradient without its spare
+/// columns in 8 bits: as one matrix, or those of gate and of up if `parts` is 2.
 #[cfg(feature = "cuda")]
 pub fn backward_rounded(
     dh: &Tensor,
@@ -242,7 +242,7 @@ mod gpu {
 
     const THREADS: usize = 256;
 
-    /// The kernels of the forward and of the backward pass.
+    /// Returns the kernels of the forward and of the backward pass.
     fn curve(activation: Activation, rounded: bool) -> (&'static str, &'static str) {
         match (activation.function, rounded) {
             (Function::Silu, false) => ("forward_silu", "backward_silu"),
@@ -271,8 +271,9 @@ mod gpu {
         Ok(h)
     }
 
-    /// The gradient of `x`, with spare columns behind it, from that of the result. With `keep`, the result takes the
-    /// place of its gradient. `rounded` gets the gradient in 8 bits, as one matrix or as two; `&[]`: nothing does.
+    /// Returns the gradient of `x`, with spare columns behind it, from that of the result. With `keep`, the result
+    /// takes the place of its gradient. `rounded` gets the gradient in 8 bits, as one matrix or as two; `&[]`: nothing
+    /// does.
     pub fn backward(
         dh: &Tensor,
         x: &Tensor,
@@ -324,7 +325,7 @@ mod tests {
         })
     }
 
-    /// One pass gives the bits of two.
+    /// Expects the bits of two passes from one pass.
     #[cfg(feature = "cuda")]
     fn kept_in_its_gradients_place(
         gpu: &judge::Gpu,

@@ -40,7 +40,7 @@ pub struct Moments {
 }
 
 impl Moments {
-    /// Moments of zero for `params`.
+    /// Returns moments of zero for `params`.
     pub fn zeros_like(params: &Tensor) -> Result<Moments> {
         Ok(Moments { first: params.zeros_like()?, second: params.zeros_like()? })
     }
@@ -100,7 +100,7 @@ pub fn step(
     })
 }
 
-/// Sum of the squares in f64. Waits for a GPU.
+/// Returns the sum of the squares in f64. Waits for a GPU.
 pub fn sum_of_squares(grads: &Tensor) -> Result<f64> {
     Number::squares(grads)?.value()
 }
@@ -116,8 +116,8 @@ mod gpu {
     const THREADS: usize = 256;
     const FOUR: usize = 4;
 
-    /// One update on the GPU. `squares`: the gradient's sum of squares, which decides clipping. `copy`: the bf16 copy
-    /// of the parameters that is written too.
+    /// Makes one update on the GPU. `squares`: the gradient's sum of squares, which decides clipping. `copy`: the bf16
+    /// copy of the parameters that is written too.
     pub fn step(
         params: &Tensor,
         grads: &Tensor,

@@ -26,7 +26,7 @@ pub const VALUES_MIN: usize = 4096;
 pub struct Matrix {
     /// The place of its values.
     pub values: Range<usize>,
-    /// It learns at `Rates::faster` times the rate.
+    /// Whether the matrix learns at `Rates::faster` times the rate.
     pub faster: bool,
 }
 
@@ -35,7 +35,7 @@ impl Matrix {
         self.values.len() >= VALUES_MIN
     }
 
-    /// Bytes of the two moments of a matrix of so many values.
+    /// Returns the number of bytes of the two moments of a matrix of so many values.
     pub fn moment_bytes(values: usize) -> usize {
         match values >= VALUES_MIN {
             true => 2 * (values + values.div_ceil(BLOCK) * 4),
@@ -60,7 +60,7 @@ pub struct Moments {
 }
 
 impl Moments {
-    /// Moments of zero for the matrices of `params`, which follow one another without gaps.
+    /// Returns moments of zero for the matrices of `params`, which follow one another without gaps.
     pub fn zeros(params: &Tensor, matrices: Vec<Matrix>) -> Result<Moments> {
         if params.dtype() != DType::F32 {
             bail!("8-bit moments are for parameters in f32, found {:?}", params.dtype());
@@ -243,7 +243,7 @@ fn halves<T>(all: &mut [T]) -> [&mut [T]; 2] {
     all.split_at_mut(all.len() / 2).into()
 }
 
-/// The first `count` elements, which `from` loses.
+/// Returns the first `count` elements, which `from` loses.
 fn take<'a, T>(from: &mut &'a mut [T], count: usize) -> &'a mut [T] {
     from.split_off_mut(..count).expect("as many as there are")
 }
@@ -298,7 +298,7 @@ impl Map {
         &MAP
     }
 
-    /// The values of a block's codes; zeros behind them.
+    /// Returns the values of a block's codes; zeros behind them.
     #[inline(always)]
     fn widen(&self, codes: &[u8], scale: f32) -> [f32; BLOCK] {
         let mut values = [0f32; BLOCK];
@@ -331,7 +331,8 @@ mod gpu {
 
     /// Blocks that one thread block handles, one after the other; they share the maps.
     const TURNS: usize = 4;
-    /// Words of a block in the table: where its values begin, how many there are, where its state begins, what it is.
+    /// Words of a block in the table: the index of its values, their number, the index of their state, and the block's
+    /// flags.
     const WORDS: usize = 4;
     const WIDE: u32 = 1;
     const FASTER: u32 = 2;
@@ -345,7 +346,7 @@ mod gpu {
     }
 
     impl Table {
-        /// The table on a GPU; none on a CPU.
+        /// Returns the table on a GPU; none on a CPU.
         pub fn of(matrices: &[Matrix], device: &Device) -> Result<Option<Table>> {
             if !device.is_cuda() {
                 return Ok(None);
@@ -374,7 +375,7 @@ mod gpu {
         }
     }
 
-    /// One update on the GPU.
+    /// Makes one update on the GPU.
     pub fn step(
         params: &Tensor,
         grads: &Tensor,
@@ -423,7 +424,7 @@ mod tests {
         }
     }
 
-    /// The gradient of tests/scripts/adamw_8bit.py.
+    /// Returns the gradient of tests/scripts/adamw_8bit.py.
     fn gradient(count: usize, step: u64) -> Result<Tensor> {
         let value = |i: usize| match i {
             2048..2304 => 0.0,
@@ -439,7 +440,7 @@ mod tests {
         cpu::tensor((0..count).map(|i| (i as f64 / count as f64 - 0.5) as f32).collect::<Vec<f32>>(), count)
     }
 
-    /// Matrices of these sizes, every second one faster.
+    /// Returns matrices of these sizes, every second one faster.
     fn matrices(sizes: &[usize]) -> Vec<Matrix> {
         let mut at = 0;
         let matrix = |(i, size): (usize, &usize)| {

@@ -4,8 +4,8 @@
 //! Each row has adapters and strengths of its own. One launch makes `x A^T` for all of them and up to three layers that
 //! read the same x (`Low`). The product of few rows with the layers' weights adds the rest where it writes y, for every
 //! rank (`matmul::few_rows`); behind another product, a second launch does. If x is a norm or an activation, the launch
-//! that makes `x A^T` can make x, too (`Items::make`). Sums are f32 and in the order of a row's items, whatever other
-//! rows have.
+//! that makes `x A^T` can make x, too (`Items::make`). Sums are f32 and in the order of a row's items; they do not
+//! depend on other rows.
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -23,7 +23,7 @@ const GRID_MAX: usize = 65_535;
 const READ_RANKS: usize = 2;
 const NORM_RANKS: usize = 4;
 const ACTIVATED_RANKS: usize = 2;
-/// Items of a block whose x is there: those of one adapter share what is read of A.
+/// Items of a block whose x is there: those of one adapter share the values that are read of A.
 const ITEMS: usize = 4;
 /// Most items times ranks whose blocks make x for themselves. Computed, to be confirmed: beyond 8 rows of rank 16 they
 /// read more for it, and of A, than a launch costs.
@@ -48,7 +48,7 @@ pub struct Matrices<'a> {
 pub struct Part {
     /// Number of the layer in the adapters' tables.
     pub site: usize,
-    /// Its first column in y.
+    /// The part's first column in y.
     pub at: usize,
     /// Number of its columns.
     pub columns: usize,
@@ -60,11 +60,11 @@ pub struct Item<'a> {
     pub row: usize,
     /// The adapter's table of addresses.
     pub table: &'a Tensor,
-    /// Factor on what the adapter adds.
+    /// Factor on the adapter's part of the sum.
     pub strength: f64,
 }
 
-/// How far the adapters of a step reach.
+/// The extent of a step's adapters.
 #[derive(Clone, Debug)]
 pub struct Extent {
     /// Rows of the step.
@@ -85,12 +85,12 @@ pub struct Items {
     /// Whether `rows` has an entry for each row of the step, in order.
     all: bool,
     extent: Extent,
-    /// The tables are not freed before the launches are asked for.
+    /// The adapters' tables, which must live until the launches are queued.
     _tables: Vec<Tensor>,
 }
 
-/// The addresses of an adapter's matrices, eight numbers a layer behind the layers' number. The matrices must live as
-/// long as the table is used.
+/// Returns the addresses of an adapter's matrices, eight numbers a layer behind the layers' number. The matrices must
+/// live as long as the table is used.
 ///
 /// # Errors
 /// A matrix does not lie on `device`.
@@ -112,7 +112,7 @@ pub fn table<'a>(layers: impl IntoIterator<Item = Option<Matrices<'a>>>, device:
     cuda::upload_apart(&numbers, device)
 }
 
-/// The input of layers, as a function of what is there.
+/// The input of layers, as a function of an existing tensor.
 pub enum Source<'a> {
     /// The root-mean-square norm of x [T, K].
     Norm {
@@ -139,7 +139,7 @@ impl Source<'_> {
         }
     }
 
-    /// Columns of the layers' input.
+    /// Returns the number of columns of the layers' input.
     fn width(&self) -> Result<usize> {
         Ok(match self {
             Source::Norm { x, .. } => x.dim(1)?,
@@ -147,7 +147,7 @@ impl Source<'_> {
         })
     }
 
-    /// The kernel and its own parameters.
+    /// Returns the kernel and its own parameters.
     fn launch(&self) -> Result<Launch<'_>> {
         match self {
             Source::Norm { x, weight, eps } => {
@@ -175,14 +175,15 @@ pub struct Low<'a> {
 }
 
 impl Items {
-    /// Items of one row lie together, in the order in which they are added. Rows with the same adapter should be
-    /// neighbours. `all`: the step's rows are few, so that a product of few rows may ask for the items by the row.
+    /// Returns the items of a step. Items of one row lie together, in the order in which they are added. Rows with the
+    /// same adapter should be neighbours. `all`: the step's rows are few, so that a product of few rows may ask for the
+    /// items by the row.
     pub fn new(list: &[Item], extent: Extent, all: bool, device: &Device) -> Result<Items> {
         Items::of(list, extent, all, list.len(), device)
     }
 
-    /// The same with lists that are filled up to few different lengths: steps with other adapters ask for the same
-    /// launches.
+    /// Returns the same with lists that are filled up to few different lengths: steps with other adapters ask for the
+    /// same launches.
     pub fn filled_up(list: &[Item], extent: Extent, device: &Device) -> Result<Items> {
         let items = Items::of(list, extent, true, list.len().next_power_of_two(), device)?;
         cuda::inputs::depends_on(items.extent.rank);
@@ -221,7 +222,7 @@ impl Items {
         })
     }
 
-    /// Adds what the items make of x [T, K] to the columns of each part in y [T, any], times `factor`.
+    /// Adds the items' parts of x [T, K], times `factor`, to the columns of each part in y [T, any].
     pub fn add(&self, x: &Tensor, y: &Tensor, parts: &[Part], factor: f64) -> Result<()> {
         parts.chunks(PARTS).try_for_each(|parts| {
             let sites: Vec<usize> = parts.iter().map(|part| part.site).collect();
@@ -229,8 +230,8 @@ impl Items {
         })
     }
 
-    /// `x A^T` for layers that read x, at most three; what is made of it counts `factor` times. `None`: no adapter has
-    /// a pair for any of them.
+    /// Returns `x A^T` for layers that read x, at most three. The part that is added to y is multiplied by `factor`.
+    /// `None`: no adapter has a pair for any of them.
     pub fn low(&self, x: &Tensor, sites: &[usize], factor: f64) -> Result<Option<Low<'_>>> {
         let ((rows, k), count, rank) = (x.dims2()?, self.count(), self.extent.rank);
         assert_eq!(rows, self.extent.rows, "the items are those of x");
@@ -246,8 +247,8 @@ impl Items {
         Ok(Some(Low { items: self, values, sites: sites.to_vec(), factor }))
     }
 
-    /// The layers' input in memory of its own, with the bits of its operation, and `low` of it, in one launch. `None`:
-    /// two launches are better, no kernel does both, or there is nothing to add.
+    /// Returns the layers' input in memory of its own, with the bits of its operation, and `low` of it, in one launch.
+    /// `None`: two launches are better, no kernel does both, or there is nothing to add.
     pub fn make(&self, source: &Source, sites: &[usize], factor: f64) -> Result<Option<(Tensor, Low<'_>)>> {
         let (x, k, count, rank) = (source.x(), source.width()?, self.count(), self.extent.rank);
         let rows = x.dim(0)?;
@@ -294,7 +295,8 @@ impl Low<'_> {
         launch.launch((widest.div_ceil(THREADS), rows.elem_count() / 3, parts.len()), THREADS, 0)
     }
 
-    /// The parameters of a product that adds B's part where it writes y (`ADAPTERS_PARAMETERS` of kernels/matmul.cu).
+    /// Returns the parameters of a product that adds B's part where it writes y (`ADAPTERS_PARAMETERS` of
+    /// kernels/matmul.cu).
     pub fn parameters<'a>(&self, launch: Launch<'a>) -> Launch<'a> {
         let Items { items, rows, extent, all, .. } = self.items;
         assert!(*all, "a product of few rows knows the items by the row");
@@ -303,7 +305,7 @@ impl Low<'_> {
     }
 }
 
-/// A number of each layer, and zeros for what is missing to a launch's layers.
+/// Adds a number for each layer to the launch, and zeros up to a launch's number of layers.
 fn numbers<'a>(launch: Launch<'a>, numbers: &[usize]) -> Launch<'a> {
     (0..PARTS).fold(launch, |launch, i| launch.int(numbers.get(i).copied().unwrap_or(0)))
 }
@@ -492,7 +494,7 @@ mod tests {
             assert_eq!(gpu.dtype, DType::F32, "a kernel for bf16");
             return Ok(());
         };
-        // The product by itself, then what the adapters add.
+        // The product by itself, then the adapters' part.
         let apart = gpu.put(&bare)?;
         let mut at = 1;
         let parts = [0, 1, 2].map(|site| {
@@ -512,7 +514,8 @@ mod tests {
         Ok(())
     }
 
-    /// Rows of one adapter that share what is read of A, in groups that end within a block of items; wide layers.
+    /// Rows of one adapter that share the values that are read of A, in groups that end within a block of items; wide
+    /// layers.
     #[test]
     fn rows_that_share_an_adapter_have_the_bits_of_one_alone() -> Result<()> {
         judge::on_gpu(|gpu| {

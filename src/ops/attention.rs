@@ -39,7 +39,7 @@ pub fn prepare(_: &Device, _: &Heads, _: candle_core::DType) -> Option<String> {
 /// Query rows per block. The scores of a block stay within the CPU's cache for lengths up to a few thousand.
 const BLOCK: usize = 128;
 
-/// The definition for one example in differentiable primitives: qkv [T, (H + 2K) * D] -> [T, H * D].
+/// Computes the definition for one example in differentiable primitives: qkv [T, (H + 2K) * D] -> [T, H * D].
 pub fn formula(qkv: &Tensor, heads: &Heads) -> Result<Tensor> {
     let rows = qkv.dim(0)?;
     let part = |at: &dyn Fn(usize) -> usize, count: usize| {
@@ -73,7 +73,7 @@ pub fn forward(
     forward_beside(qkv, heads, packing, precision, 0)
 }
 
-/// `forward` into the first columns of [T, H * D + spare]; the spare columns are not written. They need a GPU.
+/// Does `forward` into the first columns of [T, H * D + spare]; the spare columns are not written. They need a GPU.
 pub fn forward_beside(
     qkv: &Tensor,
     heads: &Heads,
@@ -119,8 +119,8 @@ pub fn backward(
     backward_beside(d_out, qkv, out, lse, heads, packing, precision, 0)
 }
 
-/// `backward` into the first columns of a matrix with `spare` more, which are not written. The output may have spare
-/// columns too. Both need a GPU.
+/// Does `backward` into the first columns of a matrix with `spare` more, which are not written. The output may have
+/// spare columns too. Both need a GPU.
 #[allow(clippy::too_many_arguments)]
 fn backward_beside(
     d_out: &Tensor,
@@ -167,8 +167,8 @@ fn backward_beside(
     })
 }
 
-/// `backward_beside`, with the gradients of queries and keys turned back by the angles that turned them, if there are
-/// some (`Heads::turning`). Several runs of heads leave no room for spare columns.
+/// Does `backward_beside`, with the gradients of queries and keys turned back by the angles that turned them, if there
+/// are some (`Heads::turning`). Several runs of heads leave no room for spare columns.
 #[allow(clippy::too_many_arguments)]
 pub fn backward_turned(
     d_out: &Tensor,
@@ -208,7 +208,7 @@ pub fn turn(qkv: &Tensor, heads: &Heads, angles: &Angles, direction: Direction) 
     rope::rotate(&runs, turning, heads.width, angles, direction)
 }
 
-/// Every (example, head), longest examples first so that threads finish at about the same time.
+/// Returns every (example, head), longest examples first so that threads finish at about the same time.
 fn tasks(examples: &[Range<usize>], heads: usize) -> Vec<(Range<usize>, usize)> {
     let mut order: Vec<&Range<usize>> = examples.iter().collect();
     order.sort_by_key(|example| std::cmp::Reverse(example.len()));
@@ -233,7 +233,7 @@ fn blocks(rows: usize) -> impl Iterator<Item = Range<usize>> {
     (0..rows).step_by(BLOCK).map(move |from| from..(from + BLOCK).min(rows))
 }
 
-/// Attention of one head in one example: output [t, D] and logsumexp `[t]`.
+/// Returns the attention of one head in one example: output [t, D] and logsumexp `[t]`.
 fn forward_head<T: Real>(qkv: &[T], heads: &Heads, head: usize, precision: Precision) -> (Vec<T>, Vec<T>) {
     let (columns, width) = (heads.columns(), heads.width);
     let rows = qkv.len() / columns;
@@ -280,7 +280,7 @@ fn score<T: Real>(
     T::gemm(mnk, T::of(heads.scale), q, k, T::ZERO, scores, keys.len(), precision);
 }
 
-/// Columns of a score row that row i attends to, counted from the block's first key.
+/// Returns columns of a score row that row i attends to, counted from the block's first key.
 fn seen(heads: &Heads, i: usize, keys: &Range<usize>) -> Range<usize> {
     let from = heads.window.map_or(0, |window| (i + 1).saturating_sub(window));
     from - keys.start..i + 1 - keys.start
@@ -455,8 +455,8 @@ mod tests {
         layout: Layout::Blocked,
     };
 
-    /// One example and packed examples of odd lengths around the block size; GQA 1, 2 and 4; windows, caps, both
-    /// layouts.
+    /// Returns one example and packed examples of odd lengths around the block size; GQA 1, 2 and 4; windows, caps,
+    /// both layouts.
     fn cases() -> Vec<(Heads, Vec<usize>)> {
         let heads = |query, key, width, window| Heads { query, key, width, window, ..PLAIN };
         let grouped = |heads: Heads| Heads { layout: Layout::Grouped, ..heads };
@@ -487,7 +487,7 @@ mod tests {
         Packing::new(examples)
     }
 
-    /// Head widths of every kernel and between them, aligned and not; lengths on both sides of a tile; packed
+    /// Lists head widths of every kernel and between them, aligned and not; lengths on both sides of a tile; packed
     /// examples.
     fn gpu_cases() -> Vec<(Heads, Vec<usize>)> {
         // Scores of about unit size, so that probabilities are neither all equal nor all on one key.
@@ -527,8 +527,8 @@ mod tests {
         Tensor::cat(&packing.examples().iter().map(part).collect::<Result<Vec<_>>>()?, 0)
     }
 
-    /// TOLERANCE for backward's results, in norm: three products in a row; the probabilities and their gradient are
-    /// rounded between them, by 2^-9 each.
+    /// Returns the TOLERANCE for backward's results, in norm. There are three products in a row. The probabilities and
+    /// their gradient are rounded between them, by 2^-9 each.
     fn tolerances(dtype: candle_core::DType) -> (f64, f64) {
         match dtype {
             candle_core::DType::BF16 => (6e-3, 1e-2),
@@ -536,7 +536,8 @@ mod tests {
         }
     }
 
-    /// The cases are three tests, so that an emulated GPU computes them side by side.
+    /// Compares every third case with the formula. The cases are three tests, so that an emulated GPU computes them
+    /// side by side.
     fn every_third_case_equals_the_formula(gpu: &judge::Gpu, first: usize) -> Result<()> {
         for (heads, lengths) in gpu_cases().into_iter().skip(first).step_by(3) {
             let (packing, rows) = (examples(&lengths), lengths.iter().sum::<usize>());
@@ -605,7 +606,8 @@ mod tests {
         Ok(())
     }
 
-    /// Turned back as it is stored, a gradient has the bits of one that is turned back in memory.
+    /// Checks that a gradient which is turned back while it is stored has the bits of one that is turned back in
+    /// memory.
     fn turned_back(
         gpu: &judge::Gpu,
         heads: &Heads,

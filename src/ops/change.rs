@@ -1,5 +1,5 @@
-//! Changes of the GPU engine that a benchmark switches off one at a time -> whether each is on. A run has all of
-//! them; only the benches of `benches/gpu` use the switches, to measure what a change is worth.
+//! Changes of the GPU engine that a benchmark switches off one at a time -> whether each is on. A run has all of them;
+//! only the benches of `benches/gpu` use the switches, to measure the gain of a change.
 //!
 //! `HONE_BENCH_WITHOUT=NAME,NAME` switches changes off when the program starts. A bench that measures both sides in
 //! one process calls `set` between steps. No change alters a result beyond the order of a sum.
@@ -13,7 +13,7 @@ const VARIABLE: &str = "HONE_BENCH_WITHOUT";
 /// A change that can be switched off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// A product adds the residual stream from where it lies, instead of in a copy.
+    /// A product adds the residual stream from its own memory, instead of from a copy.
     Onto,
     /// cublasLt multiplies, with an algorithm that is chosen once for a shape.
     Algorithms,
@@ -39,7 +39,7 @@ pub enum Change {
     Both,
     /// The gradient of A comes from a norm's input, so that the norm is not computed again.
     Normed,
-    /// Kernels that make operands of products in 8 bits write them in 8 bits too.
+    /// Kernels that make operands of products in 8 bits also write them in 8 bits.
     Rounded,
     /// Serving's steps of one shape are recorded once as a graph and launched as a whole.
     Graphs,
@@ -49,7 +49,7 @@ pub enum Change {
     Early,
     /// A product of few rows asks for its weight before the kernel before it has ended.
     Ahead,
-    /// A product of few rows adds what adapters make of its rows, which need no launch of their own.
+    /// A product of few rows adds the adapters' parts of its rows, which then need no launch of their own.
     Added,
 }
 
@@ -77,7 +77,7 @@ impl Change {
         Change::Added,
     ];
 
-    /// The name that the variable has for it.
+    /// Returns the name that the variable has for it.
     pub fn name(self) -> &'static str {
         match self {
             Change::Onto => "onto",
@@ -120,13 +120,13 @@ impl Change {
     }
 }
 
-/// A bit for each change that is off.
+/// Returns a bit for each change that is off.
 fn off() -> &'static AtomicU64 {
     static OFF: OnceLock<AtomicU64> = OnceLock::new();
     OFF.get_or_init(|| AtomicU64::new(named(&std::env::var(VARIABLE).unwrap_or_default())))
 }
 
-/// The bits of the changes in a list. A name that is not known is a mistake in a bench.
+/// Returns the bits of the changes in a list. A name that is not known is a mistake in a bench.
 fn named(list: &str) -> u64 {
     let bit = |name: &str| match Change::ALL.into_iter().find(|change| change.name() == name) {
         Some(change) => change.bit(),

@@ -22,19 +22,19 @@ pub trait Real: Stored + Send + Sync + std::ops::Neg<Output = Self> + std::iter:
     const ONE: Self;
     /// Rounds `value` to this type.
     fn of(value: f64) -> Self;
-    /// The value as f64.
+    /// Returns the value as f64.
     fn wide(self) -> f64;
-    /// The exponential function.
+    /// Returns the exponential function.
     fn exp(self) -> Self;
-    /// The square root.
+    /// Returns the square root.
     fn sqrt(self) -> Self;
-    /// The hyperbolic tangent.
+    /// Returns the hyperbolic tangent.
     fn tanh(self) -> Self;
-    /// The error function.
+    /// Returns the error function.
     fn erf(self) -> Self;
     /// `self * a + b` with one rounding.
     fn fma(self, a: Self, b: Self) -> Self;
-    /// The larger of the two. If `self` is NaN the result is NaN, so that a bad value is never hidden.
+    /// Returns the larger of the two. If `self` is NaN the result is NaN, so that a bad value is never hidden.
     fn larger(self, other: Self) -> Self;
     /// `c[m,n] = alpha * a[m,k] b[k,n] + beta * c`, on the calling thread. Rows of `c` lie `c_row` elements apart.
     #[allow(clippy::too_many_arguments)]
@@ -48,7 +48,7 @@ pub trait Real: Stored + Send + Sync + std::ops::Neg<Output = Self> + std::iter:
         c_row: usize,
         precision: Precision,
     );
-    /// The same product over operands in their stored form and on all threads; see `ops::matmul`.
+    /// Does the same product over operands in their stored form and on all threads; see `ops::matmul`.
     #[allow(clippy::too_many_arguments)]
     fn product(
         mnk: [usize; 3],
@@ -60,8 +60,7 @@ pub trait Real: Stored + Send + Sync + std::ops::Neg<Output = Self> + std::iter:
         c_row: usize,
         precision: Precision,
     );
-    /// `product` whose result has, in each element, bits that depend only on that row of `a` and that column of
-    /// `b`.
+    /// Does `product` so that the bits of each element depend only on its row of `a` and its column of `b`.
     #[allow(clippy::too_many_arguments)]
     fn product_apart(
         mnk: [usize; 3],
@@ -73,8 +72,8 @@ pub trait Real: Stored + Send + Sync + std::ops::Neg<Output = Self> + std::iter:
         c_row: usize,
         precision: Precision,
     );
-    /// Few rows of `x` by weights side by side, each [n, depth] and read once: `c = alpha * sum + beta * c`. An
-    /// element's bits depend only on its row of `x` and of the weight; the order of a sum is not that of
+    /// Multiplies few rows of `x` by weights side by side, each [n, depth] and read once: `c = alpha * sum + beta * c`.
+    /// An element's bits depend only on its row of `x` and of the weight; the order of a sum is not that of
     /// `product_apart`. False if there is no such kernel; then nothing was done.
     #[allow(clippy::too_many_arguments)]
     fn few(
@@ -89,7 +88,7 @@ pub trait Real: Stored + Send + Sync + std::ops::Neg<Output = Self> + std::iter:
     ) -> bool {
         false
     }
-    /// A bf16 value in this type.
+    /// Returns a bf16 value in this type.
     fn widen(value: half::bf16) -> Self;
 }
 
@@ -128,10 +127,10 @@ impl Real for f32 {
     fn wide(self) -> f64 {
         self as f64
     }
-    /// Cephes' `expf`: reduction by ln 2 in two parts and a polynomial of degree six. The error is at most 2 ulp
-    /// between -87.3 and 88.3; beyond, the result is constant. It has no branch, no call and no conversion to
-    /// integers (Rust's saturates, which compiles to scalar code), so a loop over it becomes vector code: 0.3 ns a
-    /// value against 5 ns of the library's, which would take a third of a training step in softmax and SiLU.
+    /// Computes the exponential by Cephes' `expf`: reduction by ln 2 in two parts and a polynomial of degree six. The
+    /// error is at most 2 ulp between -87.3 and 88.3; beyond, the result is constant. It has no branch, no call and no
+    /// conversion to integers (Rust's saturates, which compiles to scalar code), so a loop over it becomes vector code:
+    /// 0.3 ns a value against 5 ns of the library's, which would take a third of a training step in softmax and SiLU.
     #[inline(always)]
     fn exp(self) -> f32 {
         // Adding 1.5 * 2^23 leaves the rounded integer in the low bits of the sum.
@@ -152,9 +151,9 @@ impl Real for f32 {
     fn sqrt(self) -> f32 {
         f32::sqrt(self)
     }
-    /// Cephes' odd polynomial below 0.625, and `1 - 2 / (exp(2x) + 1)` beyond, which reaches 1 exactly. The error
-    /// is at most 1e-7, and relative to the value below 0.625. Both forms are computed and one is chosen, so that
-    /// loops become vector code.
+    /// Computes tanh by Cephes' odd polynomial below 0.625, and `1 - 2 / (exp(2x) + 1)` beyond, which reaches 1
+    /// exactly. The error is at most 1e-7, and relative to the value below 0.625. Both forms are computed and one is
+    /// chosen, so that loops become vector code.
     #[inline(always)]
     fn tanh(self) -> f32 {
         const P: [f32; 5] = [-5.704_988_7e-3, 2.063_909e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328e-1];
@@ -163,8 +162,9 @@ impl Real for f32 {
         let far = (1.0 - 2.0 / (Real::exp(2.0 * size) + 1.0)).copysign(self);
         if size < 0.625 { near } else { far }
     }
-    /// Cephes' odd polynomial below 1, and Abramowitz and Stegun's 7.1.26 beyond, which reaches 1 exactly. The
-    /// error is at most 1.8e-7, and relative to the value below 1. Loops become vector code, as for `tanh`.
+    /// Computes erf by Cephes' odd polynomial below 1, and Abramowitz and Stegun's 7.1.26 beyond, which reaches 1
+    /// exactly. The error is at most 1.8e-7, and relative to the value below 1. Loops become vector code, as for
+    /// `tanh`.
     #[inline(always)]
     fn erf(self) -> f32 {
         const NEAR: [f32; 7] = [
@@ -346,7 +346,7 @@ impl Real for f64 {
     }
 }
 
-/// All values of an operand, [rows, cols] as it takes part in a product. For tests in f64.
+/// Returns all values of an operand, [rows, cols] as it takes part in a product. For tests in f64.
 fn expand<T: Real>(operand: &Operand<T>, rows: usize, cols: usize) -> Vec<T> {
     let fill =
         |at: &dyn Fn(usize, usize) -> T| (0..rows * cols).map(|i| at(i / cols, i % cols)).collect::<Vec<T>>();
@@ -425,7 +425,7 @@ fn fold_lanes<T: Real>(mut lanes: [T; LANES]) -> T {
     lanes[0]
 }
 
-/// Sum of the elements.
+/// Returns the sum of the elements.
 #[inline(always)]
 pub fn sum<T: Real>(x: &[T]) -> T {
     let (chunks, rest) = x.as_chunks::<LANES>();
@@ -442,7 +442,7 @@ pub fn sum<T: Real>(x: &[T]) -> T {
     )
 }
 
-/// Sum of x * y.
+/// Returns the sum of x * y.
 #[inline(always)]
 pub fn dot<T: Real>(x: &[T], y: &[T]) -> T {
     let ((x_chunks, x_rest), (y_chunks, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
@@ -459,7 +459,7 @@ pub fn dot<T: Real>(x: &[T], y: &[T]) -> T {
     )
 }
 
-/// Sum of x * y * z.
+/// Returns the sum of x * y * z.
 #[inline(always)]
 pub fn dot3<T: Real>(x: &[T], y: &[T], z: &[T]) -> T {
     let ((x_chunks, x_rest), (y_chunks, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
@@ -478,7 +478,7 @@ pub fn dot3<T: Real>(x: &[T], y: &[T], z: &[T]) -> T {
     )
 }
 
-/// The largest value, or NaN if there is one. `x` must not be empty.
+/// Returns the largest value, or NaN if there is one. `x` must not be empty.
 #[inline(always)]
 pub fn largest<T: Real>(x: &[T]) -> T {
     let (chunks, rest) = x.as_chunks::<LANES>();

@@ -33,7 +33,7 @@ pub struct Goal {
 }
 
 impl Goal {
-    /// Plain cross-entropy.
+    /// Returns plain cross-entropy.
     pub fn plain(scale: f64) -> Goal {
         Goal { scale, smoothing: 0.0 }
     }
@@ -61,17 +61,17 @@ pub struct Change {
     pub rows: Range<usize>,
     /// The tokens.
     pub ids: Vec<u32>,
-    /// Their rows, [ids, C].
+    /// The rows of these ids, [ids, C].
     pub weight: Weight,
     /// The gradient of the rows, if they are in training.
     pub gradient: Option<Tensor>,
-    /// So many times the rows are added to the head's own; `None`: they stand in their place. A head with a bias has
+    /// The factor with which the rows are added to the head's own; `None`: they replace them. A head with a bias has
     /// none of the second kind.
     pub strength: Option<f64>,
 }
 
 impl Change {
-    /// Its part of `rows` rows from `from` on, counted from there.
+    /// Returns the change's part of `rows` rows from `from` on, counted from there.
     fn part(&self, from: usize, rows: usize) -> Range<usize> {
         let inside = |row: usize| row.clamp(from, from + rows) - from;
         inside(self.rows.start)..inside(self.rows.end)
@@ -79,7 +79,7 @@ impl Change {
 }
 
 impl Head {
-    /// A head without bias, factor or cap.
+    /// Returns a head without bias, factor or cap.
     pub fn plain(weight: Weight) -> Head {
         Head { weight, bias: None, scale: 1.0, softcap: None, changes: Vec::new() }
     }
@@ -95,7 +95,7 @@ impl Head {
         Ok(logits)
     }
 
-    /// Puts what adapters change into logits before the cap. `product` gets the number of the first row too.
+    /// Puts the adapters' changes into logits before the cap. `product` gets the number of the first row too.
     fn change(
         &self,
         hidden: &Tensor,
@@ -134,7 +134,7 @@ impl Head {
             .try_for_each(|(d, weight)| matmul::input_gradient(d, 0, weight, self.scale, dh, 1.0, precision))
     }
 
-    /// The same head for rows from `from` on.
+    /// Returns the same head for rows from `from` on.
     pub fn from_row(&self, from: usize) -> Head {
         let mut head = self.clone();
         for change in &mut head.changes {
@@ -153,7 +153,7 @@ impl Head {
     }
 }
 
-/// The definition over all logits [rows, V], in differentiable primitives.
+/// Returns the definition over all logits [rows, V], in differentiable primitives.
 pub fn formula(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let largest = logits.max_keepdim(1)?.detach();
     let log_sum = (logits.broadcast_sub(&largest)?.exp()?.sum_keepdim(1)?.log()? + largest)?;
@@ -165,7 +165,8 @@ pub fn forward(hidden: &Tensor, head: &Head, targets: &[u32], precision: Precisi
     Ok(forward_counting(hidden, head, targets, precision)?.0)
 }
 
-/// As `forward`, and how many targets have the largest logit of their row; of equal logits the first is the largest.
+/// Does `forward`, and counts the targets with the largest logit of their row; of equal logits the first is the
+/// largest.
 pub fn forward_counting(
     hidden: &Tensor,
     head: &Head,
@@ -178,7 +179,7 @@ pub fn forward_counting(
 /// A target that fills a list up on a GPU: its row has no loss and no gradient.
 pub const NO_TARGET: u32 = u32::MAX;
 
-/// The targets of a training pass and its goal, where the rows lie.
+/// The targets of a training pass and its goal, on the device of the rows.
 pub struct Aims<'a> {
     targets: &'a [u32],
     goal: Goal,
@@ -215,7 +216,7 @@ pub fn forward_backward(
     forward_backward_to(hidden, head, &Aims::send(targets, goal, hidden.device())?, precision)
 }
 
-/// `forward_backward` with targets that lie on the device.
+/// Does `forward_backward` with targets that lie on the device.
 pub fn forward_backward_to(
     hidden: &Tensor,
     head: &Head,
@@ -230,7 +231,7 @@ pub fn forward_backward_to(
     Ok((loss, dh))
 }
 
-/// Rows whose logits exist at the same time.
+/// Returns the number of rows whose logits exist at the same time.
 pub fn chunk_rows(vocab: usize, element_bytes: usize, on_gpu: bool) -> usize {
     let row_bytes = vocab * element_bytes;
     match on_gpu {
@@ -364,7 +365,7 @@ pub fn logits(hidden: &Tensor, head: &Head, precision: Precision) -> Result<Tens
     capped(head.product(hidden, 0, head.weight.dims().0, precision)?, hidden, head)
 }
 
-/// `logits` in which a row's bits depend on that row alone, as `matmul::forward_apart` has it. On a GPU they are
+/// Does `logits` in which a row's bits depend on that row alone, as `matmul::forward_apart` has it. On a GPU they are
 /// f32 and never rounded to the activations' type. The first `short` rows belong to short segments.
 pub fn logits_apart(hidden: &Tensor, head: &Head, precision: Precision, short: usize) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
@@ -382,7 +383,7 @@ pub fn logits_apart(hidden: &Tensor, head: &Head, precision: Precision, short: u
     capped(logits, hidden, head)
 }
 
-/// The same on a GPU, written to `logits` [rows, V] in f32.
+/// Does the same on a GPU, and writes to `logits` [rows, V] in f32.
 #[cfg(feature = "cuda")]
 pub fn write_logits_apart(hidden: &Tensor, head: &Head, precision: Precision, logits: &Tensor) -> Result<()> {
     gpu::logits(hidden, head, precision, logits)
@@ -408,7 +409,7 @@ mod gpu {
 
     const CAP_THREADS: usize = 256;
 
-    /// Distance between rows of logits, in elements, so that every row begins at a multiple of 16 bytes.
+    /// Returns the distance between rows of logits, in elements, so that every row begins at a multiple of 16 bytes.
     pub fn columns(vocab: usize) -> usize {
         vocab.next_multiple_of(8)
     }
@@ -450,7 +451,7 @@ mod gpu {
         }
     }
 
-    /// The aims of all rows, and what is found of them as chunk after chunk is computed.
+    /// The aims of all rows, and their results, which are computed chunk by chunk.
     pub struct Losses {
         aims: Aims,
         losses: Tensor,
@@ -459,7 +460,7 @@ mod gpu {
     }
 
     impl Losses {
-        /// Losses and hits of so many rows, which begin as zeros.
+        /// Returns losses and hits of so many rows, which begin as zeros.
         pub fn new(aims: Aims, rows: usize, counted: bool, device: &Device) -> Result<Losses> {
             let zeros = || Tensor::zeros(rows.max(1), DType::F32, device);
             let (losses, hits) = (zeros()?, counted.then(zeros).transpose()?);
@@ -492,12 +493,12 @@ mod gpu {
             launch.launch((rows, 1, 1), 512, 0)
         }
 
-        /// The sum of all rows' losses.
+        /// Returns the sum of all rows' losses.
         pub fn sum(&self) -> Result<Number> {
             crate::ops::number::gpu::sum(&[&self.losses])
         }
 
-        /// The number of hits; 0 if they are not counted.
+        /// Returns the number of hits; 0 if they are not counted.
         pub fn hits(&self) -> Result<Number> {
             match &self.hits {
                 Some(hits) => crate::ops::number::gpu::sum(&[hits]),
@@ -569,7 +570,8 @@ mod tests {
         Ok(largest.iter().zip(targets).filter(|(a, b)| a == b).count() as f64)
     }
 
-    /// transformers' LabelSmoother before it divides: the loss of a target of which a share is spread over all tokens.
+    /// Computes transformers' LabelSmoother before it divides: the loss of a target of which a share is spread over all
+    /// tokens.
     fn smoothed_formula(logits: &Tensor, targets: &Tensor, smoothing: f64) -> Result<Tensor> {
         let largest = logits.max_keepdim(1)?.detach();
         let log_sum = (logits.broadcast_sub(&largest)?.exp()?.sum_keepdim(1)?.log()? + largest)?;
@@ -626,7 +628,7 @@ mod tests {
         assert!((loss - expected_loss).abs() <= tolerance * expected_loss.max(1.0), "{loss} {expected_loss}");
         let (same, hits) = forward_counting(&gpu.put(&hidden)?, &head, &targets, Precision::F32)?;
         assert_eq!(same.value()?, loss);
-        // Logits that bf16 cannot tell apart have another largest one in f64.
+        // Among logits that are equal in bf16, another one may be the largest in f64.
         if gpu.dtype == DType::F32 {
             assert_eq!(hits.value()?, hits_of(&logits, &targets)?);
         }

@@ -7,7 +7,7 @@ use super::{largest, unwritten};
 
 const THREADS: usize = 512;
 
-/// How a row's token is drawn. `generate/sampling.rs` has the meaning of the filters.
+/// Parameters for drawing a row's token. `generate/sampling.rs` has the meaning of the filters.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Draw {
     /// 0: the most probable token is taken.
@@ -27,9 +27,9 @@ impl Draw {
     pub const GREEDY: Draw = Draw { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, uniform: 0.0 };
 }
 
-/// The token drawn for each row; `None` for a row without a finite logit. Logits are f32 [rows, V]. Sums are taken in
-/// f64, in another order than on the host, so that a number within their rounding may decide otherwise. Waits for the
-/// device.
+/// Returns the token drawn for each row; `None` for a row without a finite logit. Logits are f32 [rows, V]. Sums are
+/// taken in f64, in another order than on the host, so that a number within their rounding may decide otherwise. Waits
+/// for the device.
 pub fn tokens(logits: &Tensor, draws: &[Draw]) -> Result<Vec<Option<u32>>> {
     let (rows, _) = logits.dims2()?;
     assert_eq!(draws.len(), rows, "a draw for each row");
@@ -41,7 +41,7 @@ pub fn tokens(logits: &Tensor, draws: &[Draw]) -> Result<Vec<Option<u32>>> {
     Ok(largest::found(&cuda::download::<u32>(&tokens)?))
 }
 
-/// Copies what `write` reads of the rows to the device.
+/// Copies the parameters that `write` reads of the rows to the device.
 pub fn send(draws: &[Draw], device: &Device) -> Result<Tensor> {
     let numbers = |draw: &Draw| [draw.temperature, draw.top_k as f64, draw.top_p, draw.min_p, draw.uniform];
     let draws: Vec<f64> = draws.iter().flat_map(numbers).collect();

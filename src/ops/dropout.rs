@@ -49,7 +49,7 @@ pub fn apply(x: &Tensor, p: f64, keys: &Tensor, site: u64) -> Result<Tensor> {
     })
 }
 
-/// SplitMix64's output function (Steele, Lea, Flood 2014).
+/// Computes SplitMix64's output function (Steele, Lea, Flood 2014).
 pub fn mix(value: u64) -> u64 {
     let value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -64,7 +64,7 @@ mod gpu {
 
     use crate::ops::cuda::Launch;
 
-    /// `x` with dropped values set to zero and the others multiplied by `scale`. `keys`: one for each row.
+    /// Returns `x` with dropped values set to zero and the others multiplied by `scale`. `keys`: one for each row.
     pub fn apply(x: &Tensor, scale: f64, threshold: u64, keys: &Tensor, mixed_site: u64) -> Result<Tensor> {
         let (rows, width) = x.dims2()?;
         let y = crate::ops::unwritten((rows, width), x.dtype(), x.device())?;
@@ -110,7 +110,7 @@ mod tests {
         assert!((y.mean_all()?.to_scalar::<f64>()? - 1.0).abs() < 0.01);
         assert_eq!(cpu::to_f64(&y)?, cpu::to_f64(&apply(&x, 0.1, &keys, 3)?)?);
         assert_ne!(cpu::to_f64(&y)?, cpu::to_f64(&apply(&x, 0.1, &keys, 4)?)?);
-        // The mask follows the key, wherever the row stands.
+        // The mask follows the key, at any place of the row.
         let reversed = on_host((0..64).rev().collect())?;
         let moved = apply(&x, 0.1, &reversed, 3)?;
         assert_eq!(y.get(5)?.to_vec1::<f64>()?, moved.get(58)?.to_vec1::<f64>()?);

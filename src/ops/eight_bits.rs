@@ -8,14 +8,14 @@ use half::bf16;
 
 use crate::ops::cpu::Real;
 
-/// The bits of a NaN, but for its sign.
+/// The bits of a NaN, without its sign.
 const NAN: u8 = 0x7f;
 /// The largest number.
 pub const LARGEST: f32 = 448.0;
 /// The least number with a whole fraction; those below it are multiples of 2^-9.
 const NORMAL: f32 = 0.015625;
 
-/// The nearest of the numbers, of two the one with the even fraction.
+/// Returns the nearest of the numbers, of two the one with the even fraction.
 pub fn narrow(x: f32) -> u8 {
     let sign = (x.to_bits() >> 24) as u8 & 0x80;
     let size = x.abs();
@@ -31,7 +31,7 @@ pub fn narrow(x: f32) -> u8 {
     sign | bits
 }
 
-/// The number of these bits. bf16 holds each of them exactly.
+/// Returns the number of these bits. bf16 holds each of them exactly.
 #[inline(always)]
 pub fn widen<T: Real>(bits: u8) -> T {
     T::widen(bf16::from_bits(WIDE[bits as usize]))
@@ -66,7 +66,7 @@ const fn wide(bits: u16) -> u16 {
 mod tests {
     use super::*;
 
-    /// The number by the definition of the format.
+    /// Returns the number by the definition of the format.
     fn defined(bits: u8) -> f64 {
         let (exponent, fraction) = (i32::from(bits >> 3 & 15), f64::from(bits & 7));
         let size = match (exponent, bits & 7) {

@@ -19,7 +19,7 @@ pub enum Sent {
 }
 
 impl Sent {
-    /// The rows of the same table.
+    /// Returns the rows of the same table.
     pub fn rows(&self, table: &Tensor) -> Result<Tensor> {
         #[cfg(not(feature = "cuda"))]
         let _ = table;
@@ -31,7 +31,7 @@ impl Sent {
     }
 }
 
-/// `forward` without the launch on a GPU, which `Sent::rows` asks for.
+/// Does `forward` without the launch on a GPU, which `Sent::rows` asks for.
 pub fn send(table: &Tensor, ids: &[u32], factor: f64, dtype: DType, device: &Device) -> Result<Sent> {
     let vocab = table.dim(0)?;
     assert!(ids.iter().all(|&id| (id as usize) < vocab), "token ids below {vocab}");
@@ -52,7 +52,7 @@ mod gpu {
     use super::*;
     use crate::ops::cuda::{self, Launch};
 
-    /// Rows of the table by ids, times `factor`, on the GPU.
+    /// Returns rows of the table by ids, times `factor`, on the GPU.
     pub fn forward(table: &Tensor, ids: &Tensor, factor: f64, dtype: DType) -> Result<Tensor> {
         let (_, width) = table.dims2()?;
         let y = crate::ops::unwritten((ids.elem_count(), width), dtype, table.device())?;

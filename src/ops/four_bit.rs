@@ -59,7 +59,7 @@ const FP4: [f32; 16] = [
 ];
 
 impl Code {
-    /// The value of each 4-bit index.
+    /// Returns the value of each 4-bit index.
     pub fn values(self) -> &'static [f32; 16] {
         match self {
             Code::Nf4 => &NF4,
@@ -67,7 +67,7 @@ impl Code {
         }
     }
 
-    /// Indices in ascending order of their values; equal values are ordered by index.
+    /// Returns the indices in ascending order of their values; equal values are ordered by index.
     fn ascending(self) -> [u8; 16] {
         let values = self.values();
         let mut order: [u8; 16] = std::array::from_fn(|i| i as u8);
@@ -106,7 +106,7 @@ struct Held {
 }
 
 impl Expanded {
-    /// Keeps what is expanded from here on; or frees it.
+    /// Keeps the expanded form from now on, or frees it.
     pub fn keep(&self, is_wanted: bool) {
         let mut held = self.lock();
         held.is_wanted = is_wanted;
@@ -115,8 +115,8 @@ impl Expanded {
         }
     }
 
-    /// The matrix that is kept, if it has this shape and type; if not, what `make` makes, which is kept if it is the
-    /// first. Nobody may write to the weight's own values in it.
+    /// Returns the matrix that is kept, if it has this shape and type; if not, the result of `make`, which is kept if
+    /// it is the first. Nobody may write to the weight's own values in it.
     pub fn or(
         &self,
         shape: (usize, usize),
@@ -129,7 +129,7 @@ impl Expanded {
         }
     }
 
-    /// As `or`, but `None` if it is not wanted or another one is kept.
+    /// Does `or`, but returns `None` if the matrix is not wanted or another one is kept.
     pub fn kept(
         &self,
         shape: (usize, usize),
@@ -144,8 +144,8 @@ impl Expanded {
         Ok(held.matrix.as_ref().filter(fits).cloned())
     }
 
-    /// The codes and scales of the weight in 8 bits, or of its transpose: those that are kept, or what `make` makes,
-    /// which is kept if it is wanted.
+    /// Returns the codes and scales of the weight in 8 bits, or of its transpose: those that are kept, or the result of
+    /// `make`, which is kept if it is wanted.
     pub fn eight_bits(
         &self,
         transposed: bool,
@@ -183,7 +183,7 @@ pub struct FourBit {
     pub packed: Tensor,
     /// The scale of each block.
     pub absmax: Absmax,
-    /// Its expanded form, if that is kept.
+    /// The expanded form, if it is kept.
     pub expanded: Expanded,
 }
 
@@ -242,8 +242,8 @@ impl FourBit {
         gpu::quantize(source, stored, (rows, cols), code, double, BLOCK)
     }
 
-    /// The weight [rows, cols] on its GPU in f32 or bf16; each value is rounded once. Nobody may write to it, because
-    /// it may be what is kept.
+    /// Returns the weight [rows, cols] on its GPU in f32 or bf16; each value is rounded once. Nobody may write to it,
+    /// because it may be the form that is kept.
     #[cfg(feature = "cuda")]
     pub fn dequantize_on_gpu(&self, dtype: DType) -> Result<Tensor> {
         self.expanded.or((self.rows, self.cols), dtype, || {
@@ -253,15 +253,15 @@ impl FourBit {
         })
     }
 
-    /// `dequantize_on_gpu` into rows of a wider matrix, from its element `at` on. Rows narrower than the matrix must be
-    /// whole groups of eight values.
+    /// Does `dequantize_on_gpu` into rows of a wider matrix, from its element `at` on. Rows narrower than the matrix
+    /// must be whole groups of eight values.
     #[cfg(feature = "cuda")]
     pub fn dequantize_into(&self, out: &Tensor, at: usize) -> Result<()> {
         gpu::dequantize(self, out, at)
     }
 
-    /// `dequantize_into` from element 0 on by the kernel `inside`, whose further blocks `more` asks for: it is given
-    /// the launch after the number of this weight's blocks, and returns it with its own.
+    /// Does `dequantize_into` from element 0 on by the kernel `inside`. `more` asks for that kernel's further blocks:
+    /// it takes the launch, which has the number of this weight's blocks, and returns it with its own arguments.
     #[cfg(feature = "cuda")]
     pub(super) fn dequantize_inside<'a>(
         &self,
@@ -271,7 +271,7 @@ impl FourBit {
         gpu::dequantize_inside(self, out, more)
     }
 
-    /// The scale of each block with double quantisation undone: `map[code] * absmax + offset` in f32.
+    /// Returns the scale of each block with double quantisation undone: `map[code] * absmax + offset` in f32.
     pub fn scales(&self) -> Result<Vec<f32>> {
         match &self.absmax {
             Absmax::Plain(absmax) => floats(absmax),
@@ -285,7 +285,7 @@ impl FourBit {
         }
     }
 
-    /// All values in f32, before any rounding to the weight's own type.
+    /// Returns all values in f32, before any rounding to the weight's own type.
     pub fn dequantize(&self) -> Result<Vec<f32>> {
         let (scales, values) = (self.scales()?, self.code.values());
         let mut out = vec![0f32; self.rows * self.cols];
@@ -312,14 +312,14 @@ impl FourBit {
         Ok(FourBit { packed, absmax, expanded, ..self.clone() })
     }
 
-    /// Bytes that a weight [rows, cols] would take.
+    /// Returns the number of bytes that a weight [rows, cols] would take.
     pub fn bytes_of(rows: usize, cols: usize, double: bool) -> usize {
         let blocks = (rows * cols).div_ceil(BLOCK);
         let scales = if double { blocks + blocks.div_ceil(NESTED_BLOCK) * 4 + 4 } else { blocks * 4 };
         (rows * cols).div_ceil(2) + scales
     }
 
-    /// Bytes that this weight takes.
+    /// Returns the number of bytes that this weight takes.
     pub fn bytes(&self) -> usize {
         let scales = match &self.absmax {
             Absmax::Plain(absmax) => absmax.elem_count() * absmax.dtype().size_in_bytes(),
@@ -329,7 +329,7 @@ impl FourBit {
     }
 }
 
-/// The values of an f32 tensor, or of the bytes of one.
+/// Returns the values of an f32 tensor, or of the bytes of one.
 fn floats(tensor: &Tensor) -> Result<Vec<f32>> {
     if tensor.dtype() == DType::F32 {
         return tensor.to_vec1();
@@ -385,7 +385,7 @@ impl Nearest {
     }
 }
 
-/// Double quantisation of block scales.
+/// Quantises block scales a second time.
 ///
 /// The reference (bitsandbytes' `quantize_cpu`) looks codes up in a table of 65,536 cells. A scale is therefore
 /// first rounded to that grid and then to the nearest code, which decides the code of a scale near a midpoint (5 of
@@ -413,8 +413,8 @@ fn nest(scales: &[f32]) -> Result<Absmax> {
     Ok(Absmax::Nested { codes: cpu::tensor(codes, scales.len())?, absmax, offset })
 }
 
-/// The mean in torch's order of additions on one CPU thread: eight lanes, four vectors at a time, partial sums that
-/// cascade through four levels. The order decides the last bit of the offset, and that bit moves scales between
+/// Returns the mean in torch's order of additions on one CPU thread: eight lanes, four vectors at a time, partial sums
+/// that cascade through four levels. The order decides the last bit of the offset, and that bit moves scales between
 /// codes: a plain f64 mean gave another offset in 1 of the 15 recorded vectors.
 fn mean(values: &[f32]) -> f32 {
     const LANES: usize = 8;
@@ -445,14 +445,14 @@ fn mean(values: &[f32]) -> f32 {
     sum / values.len() as f32
 }
 
-/// The 8-bit signed dynamic map (bitsandbytes' `create_dynamic_map`): seven decades, each divided evenly, with more
-/// values in the larger ones; 0 and 1 are included. Each step is in f32, because the midpoints decide codes.
+/// Returns the 8-bit signed dynamic map (bitsandbytes' `create_dynamic_map`): seven decades, each divided evenly, with
+/// more values in the larger ones; 0 and 1 are included. Each step is in f32, because the midpoints decide codes.
 pub fn dynamic_map() -> &'static [f32; 256] {
     static MAP: std::sync::OnceLock<[f32; 256]> = std::sync::OnceLock::new();
     MAP.get_or_init(|| make_dynamic_map(true))
 }
 
-/// The 8-bit dynamic map of values that are never negative: twice as many in each decade.
+/// Returns the 8-bit dynamic map of values that are never negative: twice as many in each decade.
 pub fn unsigned_dynamic_map() -> &'static [f32; 256] {
     static MAP: std::sync::OnceLock<[f32; 256]> = std::sync::OnceLock::new();
     MAP.get_or_init(|| make_dynamic_map(false))
@@ -552,7 +552,7 @@ mod gpu {
         launch.launch((blocks + more, 1, 1), THREADS, 0)
     }
 
-    /// The launch that writes a weight, and its blocks.
+    /// Returns the launch that writes a weight, and its blocks.
     fn launch<'a>(weight: &FourBit, name: &str, out: &'a Tensor, at: usize) -> Result<(Launch<'a>, usize)> {
         let FourBit { code, rows, cols, block, packed, absmax, .. } = weight;
         let stride = out.dim(1)?;
@@ -580,8 +580,8 @@ mod gpu {
         Ok((launch, values.div_ceil(THREADS * VALUES)))
     }
 
-    /// (factor, shift) such that `number / divisor = number * factor >> shift` for all numbers below 2^31 (Granlund and
-    /// Montgomery 1994).
+    /// Returns (factor, shift) such that `number / divisor = number * factor >> shift` for all numbers below 2^31
+    /// (Granlund and Montgomery 1994).
     pub fn reciprocal(divisor: usize) -> (u64, usize) {
         let shift = 31 + divisor.max(1).next_power_of_two().ilog2() as usize;
         ((1u64 << shift).div_ceil(divisor.max(1) as u64), shift)

@@ -3,7 +3,7 @@
 //!
 //! `y = x W^T` contracts over the columns of W, and its gradient `dx = dy W` over the rows; W is rounded for each of
 //! them along its own contraction. Scales are powers of two, so that numbers in E4M3's normal range are rounded alike
-//! in both, and the gradient is that of the product that was computed. Every row is scaled by what it holds now; there
+//! in both, and the gradient is that of the product that was computed. Every row is scaled by its present values; there
 //! is no history of earlier passes. A row with a number that is not finite gives a row of NaN.
 //!
 //! On a GPU, `kernels/fp8.cu` rounds and cublasLt multiplies. Kernels of norms and activations, whose blocks have
@@ -45,7 +45,7 @@ pub fn takes(rows: usize, cols: usize) -> bool {
     rows.is_multiple_of(MULTIPLE) && cols.is_multiple_of(MULTIPLE)
 }
 
-/// Columns at..at+cols of x [T, at + cols or more].
+/// Returns columns at..at+cols of x [T, at + cols or more].
 pub fn rows(x: &Tensor, at: usize, cols: usize) -> Result<Scaled> {
     let (rows, width) = x.dims2()?;
     assert!(at + cols <= width && takes(at, cols), "columns {at}..{} of {width}", at + cols);
@@ -60,7 +60,7 @@ pub fn rows(x: &Tensor, at: usize, cols: usize) -> Result<Scaled> {
     })
 }
 
-/// Places for a matrix [rows, cols] on `like`'s GPU, for a kernel that writes what it makes in 8 bits too.
+/// Returns memory for a matrix [rows, cols] on `like`'s GPU, for a kernel that writes its result in 8 bits too.
 #[cfg(feature = "cuda")]
 pub fn empty(rows: usize, cols: usize, like: &Tensor) -> Result<Scaled> {
     let codes = super::unwritten((rows, cols), candle_core::DType::U8, like.device())?;
@@ -84,7 +84,7 @@ pub fn input_gradient(dy: &Scaled, weight: &Weight, alpha: f64, dx: &Tensor, bet
     multiply(dy, &of_weight(weight, true)?, alpha, dx, 0, beta, None, false)
 }
 
-/// The weight [N, K], or its transpose [K, N]. It is kept if the weight keeps its expanded form.
+/// Returns the weight [N, K], or its transpose [K, N]. It is kept if the weight keeps its expanded form.
 pub fn of_weight(weight: &Weight, transposed: bool) -> Result<Scaled> {
     let make = || {
         #[cfg(feature = "cuda")]
@@ -103,7 +103,7 @@ pub fn of_weight(weight: &Weight, transposed: bool) -> Result<Scaled> {
     }
 }
 
-/// Bytes of a weight and its transpose on a GPU.
+/// Returns the number of bytes of a weight and its transpose on a GPU.
 pub fn weight_bytes(rows: usize, cols: usize) -> usize {
     2 * rows * cols + 4 * (rows + cols)
 }
@@ -161,7 +161,7 @@ fn multiply(
     })
 }
 
-/// The least power of two with which 448 reaches `largest`, and its reciprocal.
+/// Returns the least power of two with which 448 reaches `largest`, and its reciprocal.
 fn scale_of(largest: f32) -> (f32, f32) {
     let bits = largest.to_bits();
     let exponent = (bits >> 23) as i32 - 127 - 8 + i32::from(bits & 0x7f_ffff > 0x60_0000);
@@ -169,14 +169,14 @@ fn scale_of(largest: f32) -> (f32, f32) {
     (f32::from_bits(((exponent + 127) as u32) << 23), f32::from_bits(((127 - exponent) as u32) << 23))
 }
 
-/// The largest size among values; NaN if one is not finite.
+/// Returns the largest size among values; NaN if one is not finite.
 fn largest(values: &[f32]) -> f32 {
     let (most, poison) =
         values.iter().fold((0f32, 0f32), |(most, poison), x| (most.max(x.abs()), poison + x * 0.0));
     most + poison
 }
 
-/// A matrix whose rows `fill` writes. `fill` returns a bound of the sizes in a row; NaN: some are not finite.
+/// Returns a matrix whose rows `fill` writes. `fill` returns a bound of the sizes in a row; NaN: some are not finite.
 fn scaled(rows: usize, cols: usize, fill: impl Fn(usize, &mut [f32]) -> f32 + Sync) -> Result<Scaled> {
     let (mut codes, mut scales) = (vec![0f32; rows * cols], vec![0f32; rows]);
     let rows_of = codes.par_chunks_mut(cols.max(1)).zip(&mut scales).enumerate();
@@ -211,7 +211,8 @@ fn of_weight_on_cpu(weight: &Weight, transposed: bool) -> Result<Scaled> {
     }
 }
 
-/// Bounds of a weight's sizes: of each row, or of each group of columns. `of` has a bound of some columns of a row.
+/// Returns bounds of a weight's sizes: of each row, or of each group of columns. `of` has a bound of some columns of a
+/// row.
 fn bounds(
     n: usize,
     k: usize,
@@ -227,7 +228,7 @@ fn bounds(
     }
 }
 
-/// No code is larger than 1, so that a block's scale bounds its values.
+/// Returns bounds of the magnitudes. No code is larger than 1, so that a block's scale bounds its values.
 fn bounds_of_four_bit(weight: &FourBit, transposed: bool) -> Result<Vec<f32>> {
     let (scales, cols) = (weight.scales()?, weight.cols);
     Ok(bounds(weight.rows, cols, transposed, |row, columns| {
@@ -265,7 +266,7 @@ mod gpu {
     }
 
     impl Scaling {
-        /// The way of a tensor's GPU.
+        /// Returns the way of a tensor's GPU.
         pub fn of(tensor: &Tensor) -> Result<Scaling> {
             match device::capability(cuda::device(tensor)?)? {
                 (9, 0) => Ok(Scaling::Inside),
@@ -329,7 +330,7 @@ mod gpu {
         }
     }
 
-    /// The transpose of a weight [n, k], whose kernels `launch` begins.
+    /// Returns the transpose of a weight [n, k], whose kernels `launch` begins.
     fn turned<'a>(
         n: usize,
         k: usize,
@@ -383,7 +384,7 @@ mod gpu {
                 false => multiply(Scaling::Behind, x, w, alpha, y, at, beta, base, fast),
             };
         }
-        // Bare sums reach 448^2 times the depth, which bf16 holds; scaling them is exact but for alpha.
+        // Bare sums reach 448^2 times the depth, which bf16 holds; scaling them is exact except for alpha.
         let (apart, below) = match beta == 0.0 {
             true => (None, None),
             false => (Some(unwritten((rows, columns), y.dtype(), y.device())?), Some(base.unwrap_or(y))),
@@ -417,12 +418,12 @@ mod tests {
         tensor.flatten_all().unwrap().to_vec1().unwrap()
     }
 
-    /// The values that a matrix in 8 bits stands for.
+    /// Returns the values that a matrix in 8 bits stands for.
     fn plain(of: &Scaled) -> Result<Tensor> {
         of.codes.to_dtype(DType::F64)?.broadcast_mul(&of.scales.to_dtype(DType::F64)?.unsqueeze(1)?)
     }
 
-    /// Weights of all forms.
+    /// Returns weights of all forms.
     fn weights(n: usize, k: usize) -> Result<Vec<Weight>> {
         let random = judge::random((n, k), 7)?.to_dtype(DType::F32)?.detach();
         let floats = values(&random);
@@ -433,7 +434,7 @@ mod tests {
         ])
     }
 
-    /// Sizes from the least to the largest, zeros, and numbers that are not finite.
+    /// Returns sizes from the least to the largest, zeros, and numbers that are not finite.
     fn edges() -> Result<Tensor> {
         let mut list = vec![0f32; 8 * 16];
         let rows: [&[f32]; 8] = [
@@ -545,7 +546,7 @@ mod tests {
         Ok(())
     }
 
-    /// Bits of codes and of scales as f32.
+    /// Expects equal bits of codes and of scales as f32.
     #[cfg(feature = "cuda")]
     fn same_bits(on_gpu: &Scaled, on_cpu: &Scaled, what: &str) -> Result<()> {
         let bits = on_gpu.codes.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<u8>()?;
@@ -599,7 +600,7 @@ mod tests {
         })
     }
 
-    /// Rows of all sizes; some have numbers that are not finite.
+    /// Returns rows of all sizes; some have numbers that are not finite.
     #[cfg(feature = "cuda")]
     fn rows_of_all_sizes(gpu: &judge::Gpu, rows: usize, cols: usize, seed: u64) -> Result<Tensor> {
         let sizes = [1.0, 3.0e-5, 0.0, 4.0e3, 1.0e-36, 1.0e30, 17.0];
@@ -618,7 +619,7 @@ mod tests {
         gpu.put(&Tensor::from_vec(values, (rows, cols), &Device::Cpu)?)
     }
 
-    /// What a kernel has rounded has the bits of `rows` of what it stored.
+    /// Checks that values which a kernel has rounded have the bits of `rows` over the values that it stored.
     #[cfg(feature = "cuda")]
     fn as_a_pass_rounds(found: &Scaled, stored: &Tensor, at: usize, what: &str) -> Result<()> {
         let expected = rows(stored, at, found.codes.dim(1)?)?;
@@ -632,7 +633,7 @@ mod tests {
         Ok(())
     }
 
-    /// Bits of the first `width` columns.
+    /// Returns the bits of the first `width` columns.
     #[cfg(feature = "cuda")]
     fn bits(tensor: &Tensor, width: usize) -> Result<Vec<u32>> {
         let host = judge::first(tensor, width)?.to_dtype(DType::F32)?.flatten_all()?;
@@ -644,8 +645,8 @@ mod tests {
     const SHAPES: [(usize, usize, usize); 5] =
         [(1, 16, 0), (7, 48, 64), (9, 272, 64), (8, 2064, 128), (3, 4096, 64)];
 
-    /// Norms round their results, and what their gradients are added to, as a pass over it does; and what they store
-    /// has the same bits with it and without.
+    /// Norms round their results and the sums with their gradients as a separate pass does. The stored values have the
+    /// same bits with rounding and without.
     #[cfg(feature = "cuda")]
     #[test]
     fn norms_round_what_they_store_as_a_pass_does() -> Result<()> {

@@ -18,7 +18,7 @@ pub struct Groups {
     pub count: usize,
 }
 
-/// The definition on x [T, count * D] with w `[D]`, in differentiable primitives.
+/// Returns the definition on x [T, count * D] with w `[D]`, in differentiable primitives.
 pub fn formula(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     let ((rows, columns), width) = (x.dims2()?, w.dims1()?);
     let x = x.contiguous()?.reshape((rows, columns / width, width))?;

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 
-/// A variable with values of about unit size from a fixed seed.
+/// Returns a variable with values of about unit size from a fixed seed.
 pub fn random(shape: impl Into<Shape>, seed: u64) -> Result<Var> {
     let shape = shape.into();
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x1234_5678_9abc_def1;
@@ -26,7 +26,7 @@ pub fn same(found: &Tensor, expected: &Tensor, tolerance: f64) -> Result<()> {
     Ok(())
 }
 
-/// The gradient of `x` if the gradient of `y` is `dy`, by candle's autograd.
+/// Returns the gradient of `x` if the gradient of `y` is `dy`, by candle's autograd.
 pub fn gradient(x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Tensor> {
     let store = (y * dy)?.sum_all()?.backward()?;
     Ok(store.get(x).expect("y depends on x").clone())
@@ -56,7 +56,7 @@ pub fn finite_differences(
     Ok(())
 }
 
-/// The first `width` columns of a matrix, on the CPU.
+/// Returns the first `width` columns of a matrix, on the CPU.
 pub fn first(matrix: &Tensor, width: usize) -> Result<Tensor> {
     matrix.to_device(&Device::Cpu)?.narrow(1, 0, width)?.force_contiguous()
 }
@@ -86,7 +86,7 @@ fn gpu() -> Option<Device> {
     None
 }
 
-/// The GPU of the tests. `None`: there is none, and the environment does not require one.
+/// Returns the GPU of the tests. `None`: there is none, and the environment does not require one.
 #[cfg(feature = "cuda")]
 pub fn gpu() -> Option<Device> {
     static DEVICE: std::sync::OnceLock<Option<Device>> = std::sync::OnceLock::new();
@@ -100,7 +100,7 @@ pub fn gpu() -> Option<Device> {
 }
 
 impl Gpu {
-    /// As `random`, with values that the storage type holds exactly, so that the formula in f64 sees the kernel's
+    /// Does `random` with values that the storage type holds exactly, so that the formula in f64 sees the kernel's
     /// values.
     pub fn random(&self, shape: impl Into<Shape>, seed: u64) -> Result<Var> {
         Var::from_tensor(&random(shape, seed)?.to_dtype(self.dtype)?.to_dtype(DType::F64)?.detach())
@@ -121,7 +121,7 @@ impl Gpu {
         self.within(self.tolerance, found, expected)
     }
 
-    /// `same` with another tolerance, for an operation that rounds more than once.
+    /// Does `same` with another tolerance, for an operation that rounds more than once.
     pub fn within(&self, tolerance: f64, found: &Tensor, expected: &Tensor) -> Result<()> {
         assert_eq!(found.dims(), expected.dims());
         let found = super::cpu::to_f64(&found.to_device(&Device::Cpu)?)?;

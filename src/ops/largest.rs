@@ -7,7 +7,7 @@ use super::unwritten;
 
 const THREADS: usize = 512;
 
-/// The token of each row's highest finite logit, of equal ones the lowest; `None` for a row without one. Logits
+/// Returns the token of each row's highest finite logit, of equal ones the lowest; `None` for a row without one. Logits
 /// are f32 [rows, V]. Waits for the device.
 pub fn tokens(logits: &Tensor) -> Result<Vec<Option<u32>>> {
     let (rows, _) = logits.dims2()?;

@@ -11,7 +11,7 @@ use crate::with_real;
 /// Rows per task: a few hundred kilobytes.
 const ROWS: usize = 64;
 
-/// The definition, in differentiable primitives; the functions below are compared with it.
+/// Returns the definition, in differentiable primitives; the functions below are compared with it.
 pub fn formula(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
     let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
     let scale = (centred.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
@@ -23,7 +23,7 @@ pub fn forward(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64) -> Result<Tensor> {
     forward_beside(x, w, b, eps, 0)
 }
 
-/// `forward` into the first columns of [T, C + spare]; the spare columns are not written. They need a GPU.
+/// Does `forward` into the first columns of [T, C + spare]; the spare columns are not written. They need a GPU.
 pub fn forward_beside(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64, spare: usize) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
     #[cfg(feature = "cuda")]
@@ -48,7 +48,7 @@ pub fn forward_beside(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64, spare: usize
     })
 }
 
-/// `forward_beside` on a GPU, and the result without its spare columns in 8 bits.
+/// Does `forward_beside` on a GPU, and also returns the result without its spare columns in 8 bits.
 #[cfg(feature = "cuda")]
 pub fn forward_rounded(
     x: &Tensor,
@@ -87,7 +87,7 @@ pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> R
     })
 }
 
-/// `backward` on a GPU. Returns `dx` with what was added, without columns behind x's, in 8 bits.
+/// Does `backward` on a GPU. Returns the sum in `dx`, without columns behind x's, in 8 bits.
 #[cfg(feature = "cuda")]
 pub fn backward_rounded(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> Result<Scaled> {
     let rounded = fp8::empty(x.dim(0)?, x.dim(1)?, x)?;
@@ -127,7 +127,7 @@ mod gpu {
 
     const THREADS: usize = 256;
 
-    /// The norm of each row of `x`, on the GPU, with spare columns behind it. `rounded` gets it in 8 bits.
+    /// Returns the norm of each row of `x`, on the GPU, with spare columns behind it. `rounded` gets it in 8 bits.
     pub fn forward(
         x: &Tensor,
         w: &Tensor,
@@ -183,7 +183,7 @@ mod tests {
                 gpu.same(&forward(&gpu.put(&x)?, &put(&w)?, &put(&b)?, 1e-5)?, &expected)?;
                 let beside = forward_beside(&gpu.put(&x)?, &put(&w)?, &put(&b)?, 1e-5, 64)?;
                 gpu.same(&judge::first(&beside, width)?, &expected)?;
-                let dx = gpu.put(&dy)?; // the gradient is added to what is there
+                let dx = gpu.put(&dy)?; // the gradient is added to the tensor's content
                 backward(&gpu.put(&dy)?, &gpu.put(&x)?, &put(&w)?, 1e-5, &dx)?;
                 gpu.same(&dx, &(judge::gradient(&x, &expected, &dy)? + dy.as_tensor())?)?;
                 // Beside the gradient lie columns that stay as they are.

@@ -24,7 +24,7 @@ const EIGHT: usize = 8;
 pub struct Part<'a> {
     /// The frozen weight [N, K].
     pub weight: &'a Weight,
-    /// Its pair, if it has one.
+    /// The layer's pair, if it has one.
     pub pair: Option<Pair<'a>>,
 }
 
@@ -55,8 +55,8 @@ pub struct Columns<'a> {
     pub at: usize,
 }
 
-/// The weights of layers that read the same x, expanded one above the other [N + R, K + R]. What lies beside and below
-/// them is not written.
+/// Returns the weights of layers that read the same x, expanded one above the other [N + R, K + R]. The places beside
+/// and below them are not written.
 pub fn expand(weights: &[&Weight], spare: usize, dtype: DType) -> Result<Tensor> {
     let matrix = around(weights, spare, dtype)?;
     fill(&matrix, weights, 0)?;
@@ -77,7 +77,7 @@ fn fill(matrix: &Tensor, weights: &[&Weight], skipped: usize) -> Result<()> {
     Ok(())
 }
 
-/// Memory for `expand`.
+/// Returns memory for `expand`.
 fn around(weights: &[&Weight], spare: usize, dtype: DType) -> Result<Tensor> {
     let rows: usize = weights.iter().map(|weight| weight.dims().0).sum();
     unwritten((rows + spare, weights[0].dims().1 + spare), dtype, weights[0].device())
@@ -143,7 +143,7 @@ impl Inside {
         self.cols + self.spare
     }
 
-    /// Rows and columns of W~ from element (row, column) on.
+    /// Returns rows and columns of W~ from element (row, column) on.
     fn at(&self, row: usize, column: usize) -> Matrix<'_> {
         Matrix::rows(&self.matrix, row * self.stride() + column, self.stride())
     }
@@ -260,7 +260,7 @@ impl Inside {
 pub struct Learning<'a> {
     /// Rows of its weight (N).
     pub rows: usize,
-    /// Its pair, if it has one.
+    /// The layer's pair, if it has one.
     pub pair: Option<Slope<'a>>,
 }
 
@@ -270,28 +270,29 @@ pub struct Slope<'a> {
     pub rank: usize,
     /// The gradient, f32: A's [r, K] or B's [N, r].
     pub gradient: &'a Tensor,
-    /// Factor on what is added to it.
+    /// Factor on the values that are added to it.
     pub factor: f64,
 }
 
 /// Rows of a tile, and threads of a block, of the kernels that pass over a matrix once.
 const TILE_ROWS: usize = 64;
-/// Ranks that a kernel computes with, and columns of a block, as listed at the end of `kernels/low_rank.cu`.
+/// Returns the ranks that a kernel computes with and the columns of a block, as listed at the end of
+/// `kernels/low_rank.cu`.
 fn tiles(ranks: usize) -> (usize, usize) {
     let ranks = ranks.next_power_of_two().max(8);
     (ranks, if ranks <= 16 { 256 } else { 128 })
 }
 
-/// Rows of a block, so that there are two blocks for each processor.
+/// Returns the number of rows of a block, so that there are two blocks for each processor.
 fn chunk(rows: usize, strips: usize, on: &Tensor) -> Result<usize> {
     let (_, processors) = cuda::device::block_limits(cuda::device(on)?)?;
     let chunks = (2 * processors).div_ceil(strips.max(1)).min(rows.div_ceil(TILE_ROWS)).max(1);
     Ok(rows.div_ceil(chunks).next_multiple_of(TILE_ROWS))
 }
 
-/// One pass over dy for both of its low-rank products: writes `V = dy B~` to its spare columns, as
-/// `Inside::low_gradient` does, and adds `factor * dy^T U` to the gradients of B. `low` holds U. Pairs have at most
-/// 16 ranks, and layers whole groups of eight rows.
+/// Makes both low-rank products of dy in one pass over it: writes `V = dy B~` to its spare columns, as
+/// `Inside::low_gradient` does, and adds `factor * dy^T U` to the gradients of B. `low` holds U. Pairs have at most 16
+/// ranks, and layers whole groups of eight rows.
 pub fn both(inside: &Inside, dy: &Tensor, low: Columns, parts: &[Learning]) -> Result<()> {
     let (rows, stride) = inside.wide(dy, inside.rows)?;
     let rank_max =
@@ -322,7 +323,7 @@ pub fn both(inside: &Inside, dy: &Tensor, low: Columns, parts: &[Learning]) -> R
     slopes(launch, parts).launch((blocks, 1, 1), THREADS, 0)
 }
 
-/// Bytes of two tiles of a matrix and of its low-rank product, with 16 bytes between rows.
+/// Returns the number of bytes of two tiles of a matrix and of its low-rank product, with 16 bytes between rows.
 fn shared_bytes(ranks: usize, columns: usize) -> usize {
     2 * TILE_ROWS * (columns + EIGHT + ranks + EIGHT) * 2
 }
@@ -368,8 +369,7 @@ impl Pair<'_> {
     }
 }
 
-/// `gradient += alpha * left^T right`: left [T, N], right [T, K], gradient [N, K], which may be f32 where they are
-/// bf16.
+/// `gradient += alpha * left^T right`: left [T, N], right [T, K], gradient [N, K], which may be f32 if they are bf16.
 pub fn gradient(left: Columns, right: Columns, alpha: f64, gradient: &Tensor) -> Result<()> {
     let ((n, k), (count, left_width)) = (gradient.dims2()?, left.tensor.dims2()?);
     let (right_count, right_width) = right.tensor.dims2()?;
@@ -493,7 +493,7 @@ mod tests {
         })
     }
 
-    /// Columns of no rank are zeros.
+    /// Checks that columns of no rank are zeros.
     fn zeros(columns: &Tensor) -> Result<()> {
         assert!(columns.flatten_all()?.to_vec1::<f64>()?.iter().all(|value| *value == 0.0));
         Ok(())
@@ -570,7 +570,8 @@ mod tests {
         Ok(())
     }
 
-    /// The gradients of the pairs from what stands in the spare columns, which end in zeros.
+    /// Checks the gradients of the pairs. They are made from the low-rank product in the spare columns, which end in
+    /// zeros.
     fn gradients(
         gpu: &Gpu,
         made: &[Made],
@@ -610,7 +611,7 @@ mod tests {
         Ok(())
     }
 
-    /// Weight and pair on the GPU, and the values that they stand for.
+    /// Returns the weight and the pair on the GPU, and the values that they stand for.
     fn part(gpu: &Gpu, (rows, pair): Shape, cols: usize, kind: usize, seed: u64) -> Result<Made> {
         let values = gpu.random((rows, cols), 10 + seed)?;
         let floats = values.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;

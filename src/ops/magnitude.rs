@@ -22,7 +22,7 @@ pub struct Factor<'a> {
     pub magnitude: &'a Tensor,
     /// `inverse` of the lengths `[N]`.
     pub inverse: &'a Tensor,
-    /// 1 for what DoRA adds to a product that is already there; else 0.
+    /// 1 if the result is DoRA's addition to a product that is already there; else 0.
     pub shift: f64,
     /// A factor on everything.
     pub strength: f64,
@@ -37,7 +37,7 @@ pub struct Columns<'a> {
     pub at: usize,
 }
 
-/// Squares of the lengths of a weight's rows, `[N]`, for activations of type `dtype`.
+/// Returns squares of the lengths of a weight's rows, `[N]`, for activations of type `dtype`.
 pub fn squares(weight: &Weight, dtype: DType) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if gpu::lies_there(weight) {
@@ -74,7 +74,7 @@ fn four_bit_squares(weight: &FourBit) -> Result<Vec<f64>> {
     Ok((0..weight.rows).into_par_iter().map(row).collect())
 }
 
-/// 1 / the lengths of the rows of `W + scale * B A`, `[N]`; 0 for a row of zeros. `squares` is that of W.
+/// Returns 1 / the lengths of the rows of `W + scale * B A`, `[N]`; 0 for a row of zeros. `squares` is that of W.
 pub fn inverse(weight: &Weight, squares: &Tensor, a: &Weight, b: &Weight, scale: f64) -> Result<Tensor> {
     let (Weight::Dense(a_values), Weight::Dense(b_values)) = (a, b) else {
         bail!("an adapter's matrix in 4 bits");
@@ -184,7 +184,7 @@ mod gpu {
         }
     }
 
-    /// One block per row of the weight in the type in which products read it.
+    /// Computes the squares with one block for each row of the weight, in the type in which products read it.
     pub fn squares(weight: &Weight, dtype: DType) -> Result<Tensor> {
         let values = match weight {
             Weight::Dense(tensor) => rows::convert(tensor, dtype)?,
@@ -197,7 +197,7 @@ mod gpu {
         Ok(to)
     }
 
-    /// One thread per row of B.
+    /// Computes 1 / the lengths with one thread for each row of B.
     pub fn inverse(squares: &Tensor, b: &Tensor, q: &Tensor, scale: f64) -> Result<Tensor> {
         let (n, rank) = b.dims2()?;
         let to = unwritten(n, DType::F32, b.device())?;
@@ -207,7 +207,7 @@ mod gpu {
         Ok(to)
     }
 
-    /// One block per row.
+    /// Scales columns with one block for each row.
     pub fn scale(from: Columns, to: Columns, add: bool, factor: Factor) -> Result<()> {
         let (n, (rows, from_width), (_, to_width)) =
             (factor.magnitude.dims1()?, from.of.dims2()?, to.of.dims2()?);
@@ -219,7 +219,7 @@ mod gpu {
         launch.float(factor.shift).float(factor.strength).launch((rows, 1, 1), 256, 0)
     }
 
-    /// One block for 32 columns.
+    /// Computes the gradient with one block for 32 columns.
     pub fn gradient(dy: Columns, z: &Tensor, inverse: &Tensor, gradient: &Tensor) -> Result<()> {
         let (rows, n) = z.dims2()?;
         let launch = Launch::new(z, "magnitude", "gradient")?.tensor(dy.of).tensor(z).of(DType::F32, inverse);

@@ -61,8 +61,8 @@ pub fn forward(
     })
 }
 
-/// The columns at..at+cols of a product's left operand in 8 bits, if `precision` says so and all shapes allow it.
-/// `to` is the width of the result and the first column that is written.
+/// Returns the columns at..at+cols of a product's left operand in 8 bits, if `precision` says so and all shapes allow
+/// it. `to` is the width of the result and the first column that is written.
 pub fn in_8_bits(
     x: &Tensor,
     at: usize,
@@ -95,10 +95,10 @@ pub fn onto(x: &Tensor, weight: &Weight, alpha: f64, base: &Tensor, precision: P
     Ok(sum)
 }
 
-/// `forward` in which a row's bits depend on that row alone, however many others there are: for rows of sequences
-/// that must not influence each other. y may be f32 where x is bf16. On a GPU that is true of up to `FEW_ROWS`
-/// rows and 4-bit or bf16 weights; beyond them the library of products chooses its order of sums by the number of
-/// rows. On a CPU the first `short` rows are multiplied as few rows are, which is another order of sums.
+/// Does `forward` in which a row's bits depend on that row alone, however many others there are: for rows of sequences
+/// that must not influence each other. y may be f32 where x is bf16. On a GPU that is true of up to `FEW_ROWS` rows and
+/// 4-bit or bf16 weights; beyond them the library of products chooses its order of sums by the number of rows. On a CPU
+/// the first `short` rows are multiplied as few rows are, which is another order of sums.
 #[allow(clippy::too_many_arguments)]
 pub fn forward_apart(
     x: &Tensor,
@@ -143,8 +143,8 @@ pub fn forward_apart(
     })
 }
 
-/// `forward_apart` of short rows alone, for weights side by side whose columns begin at `at`: x is read once. False
-/// if there is no kernel for this; then nothing was done.
+/// Does `forward_apart` of short rows alone, for weights side by side whose columns begin at `at`: x is read once.
+/// False if there is no kernel for this; then nothing was done.
 pub fn short_rows(
     x: &Tensor,
     weights: &[&Weight],
@@ -191,10 +191,10 @@ fn with_few<T: Real, R>(
     }
 }
 
-/// Writes `alpha * x W^T + base` for weights side by side whose columns begin at `at`, in one launch, with the
-/// bits of `forward_apart`. `base` is as wide as y, and may be y. False if there is no kernel for this; then
-/// nothing was done. `low` is asked once there is one; the launch adds what adapters make of it, before it rounds. A
-/// row without adapters keeps its bits.
+/// Writes `alpha * x W^T + base` for weights side by side whose columns begin at `at`, in one launch, with the bits of
+/// `forward_apart`. `base` is as wide as y, and may be y. False if there is no kernel for this; then nothing was done.
+/// `low` is asked once there is one; the launch adds the adapters' part before it rounds. A row without adapters keeps
+/// its bits.
 #[cfg(feature = "cuda")]
 pub fn few_rows<'a>(
     x: &Tensor,
@@ -309,7 +309,7 @@ fn with_operand<T: Real, R>(
     }
 }
 
-/// A 4-bit weight as products read it. The operand says how values are rounded.
+/// Returns a 4-bit weight as products read it. The operand says how values are rounded.
 fn stored<'a>(weight: &FourBit, packed: &'a [u8], absmax: &'a [f32]) -> gemm::FourBitView<'a> {
     let (rows, cols, block, code) = (weight.rows, weight.cols, weight.block, weight.code.values());
     gemm::FourBitView { packed, absmax, code, rows, cols, block, rounding: gemm::Rounding::None }
@@ -354,7 +354,7 @@ mod gpu {
         Ok(sum)
     }
 
-    /// By the kernels of `kernels/matmul.cu` if they have this form, else as `forward`.
+    /// Multiplies by the kernels of `kernels/matmul.cu` if they have this form, otherwise as `forward`.
     pub fn forward_apart(
         x: &Tensor,
         weight: &Weight,
@@ -377,7 +377,7 @@ mod gpu {
     }
 
     impl Sides {
-        /// `None`: no kernel takes these weights with an output of this type.
+        /// Returns `None` if no kernel takes these weights with an output of this type.
         fn of(weights: &[&Weight], y: DType) -> Option<Sides> {
             match weights[0] {
                 Weight::FourBit(first) if y == DType::BF16 => weights
@@ -404,7 +404,7 @@ mod gpu {
             }
         }
 
-        /// Columns of y that a block makes.
+        /// Returns the number of columns of y that a block makes.
         fn columns(&self, tiles: usize) -> usize {
             match self {
                 Sides::FourBit(_) if tiles == 1 => 16,
@@ -472,12 +472,13 @@ mod gpu {
         launch.launch(grid, THREADS, 0).map(|()| true)
     }
 
-    /// The parts, and none for what is missing to a launch's number of them.
+    /// Returns the parts, followed by `None` up to a launch's number of parts.
     fn sides<T>(parts: &[T]) -> impl Iterator<Item = Option<&T>> {
         (0..SIDE_BY_SIDE).map(|i| parts.get(i))
     }
 
-    /// A weight that the kernels take beside `first`: what a lane reads lies in one block and one row.
+    /// Returns a weight that the kernels take beside `first`: the values that a lane reads lie in one block and one
+    /// row.
     fn four_bit(weight: &Weight, first: &FourBit) -> Option<FourBit> {
         let Weight::FourBit(weight) = weight else { return None };
         let whole = weight.block.is_power_of_two()
@@ -502,7 +503,7 @@ mod gpu {
         launch.int(part.map_or(0, |part| part.rows))
     }
 
-    /// The gradient of `x` from columns of that of `y`, on the GPU.
+    /// Computes the gradient of `x` from columns of that of `y`, on the GPU.
     pub fn input_gradient(
         dy: &Tensor,
         at: usize,
@@ -517,14 +518,14 @@ mod gpu {
         product([rows, k, n], alpha, dy, w, beta, Matrix::rows(dx, 0, k))
     }
 
-    /// The gradient may be f32 while x and dy are bf16; its sums are then never rounded to bf16.
+    /// Adds the gradient of the weight. It may be f32 while x and dy are bf16; then its sums are never rounded to bf16.
     pub fn weight_gradient(dy: &Tensor, at: usize, x: &Tensor, alpha: f64, gradient: &Tensor) -> Result<()> {
         let ((n, k), (rows, width)) = (gradient.dims2()?, dy.dims2()?);
         let (dy, x) = (Matrix::rows(dy, at, width).transposed(), Matrix::rows(x, 0, k));
         product([n, k, rows], alpha, dy, x, 1.0, Matrix::rows(gradient, 0, k))
     }
 
-    /// All values in the activations' type. A tensor that is made here lives for one product: it is freed in
+    /// Returns all values in the activations' type. A tensor that is made here lives for one product: it is freed in
     /// stream order, and the next layer's weight takes its place.
     fn expand(weight: &Weight, dtype: DType) -> Result<Tensor> {
         match weight {
@@ -647,7 +648,7 @@ mod tests {
         gpu.within(0.0, &columns(&found.to_device(&Device::Cpu)?)?, &unit.matmul(&w.t()?)?)
     }
 
-    /// A sum in memory of its own: the base stays as it is, and the bits are those of a sum in a copy of it.
+    /// Checks a sum in memory of its own: the base stays as it is, and the bits are those of a sum in a copy of it.
     fn onto_another(gpu: &Gpu, weight: &Weight, w: &Tensor, x: &Tensor, base: &Tensor) -> Result<()> {
         let (on_gpu, before) = (gpu.put(x)?, gpu.put(base)?);
         let found = onto(&on_gpu, weight, 0.5, &before, Precision::F32)?;
@@ -658,7 +659,7 @@ mod tests {
         gpu.within(0.0, &found, &copied.to_device(&Device::Cpu)?)
     }
 
-    /// A weight in every form of storage, on the GPU.
+    /// Returns a weight in every form of storage, on the GPU.
     fn kinds(gpu: &Gpu, values: &Tensor) -> Result<Vec<Weight>> {
         let (n, k) = values.dims2()?;
         let floats = values.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
@@ -673,7 +674,7 @@ mod tests {
         Ok(kinds)
     }
 
-    /// The values that take part in a product: rounded to the activations' type.
+    /// Returns the values that take part in a product: rounded to the activations' type.
     fn values(gpu: &Gpu, weight: &Weight) -> Result<Tensor> {
         let values = match weight {
             Weight::Dense(tensor) => tensor.to_device(&Device::Cpu)?,

@@ -50,7 +50,7 @@ pub mod judge;
 
 use candle_core::{DType, Device, Error, Result, Shape, Tensor};
 
-/// A tensor whose elements are written before they are read: zeros on a CPU, unspecified values on a GPU.
+/// Returns a tensor whose elements are written before they are read: zeros on a CPU, unspecified values on a GPU.
 pub fn unwritten(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
     #[cfg(test)]
     starve::check()?;

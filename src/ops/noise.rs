@@ -11,9 +11,9 @@ use crate::with_real;
 /// Tells this noise from dropout's masks, whose sites are small numbers.
 const SITE: u64 = u64::from_be_bytes(*b"neftune\0");
 
-/// The bound of each row's noise, where the rows lie.
+/// The bound of each row's noise, on the rows' device.
 pub enum Bounds {
-    /// On the host.
+    /// Bounds on the host.
     Here(Vec<f64>),
     /// On a GPU, in f32.
     #[cfg(feature = "cuda")]
@@ -21,8 +21,8 @@ pub enum Bounds {
 }
 
 impl Bounds {
-    /// alpha / sqrt(length * C) for rows of `width` columns (C). `lengths` has one for each row: that of the padded
-    /// micro-batch, as transformers takes it.
+    /// Returns alpha / sqrt(length * C) for rows of `width` columns (C). `lengths` has one for each row: that of the
+    /// padded micro-batch, as transformers takes it.
     pub fn send(alpha: f64, lengths: &[u32], width: usize, device: &Device) -> Result<Bounds> {
         let most = |length: &u32| alpha / (f64::from(*length) * width as f64).sqrt();
         let most = lengths.iter().map(most);
@@ -90,7 +90,7 @@ mod tests {
     use crate::ops::{dropout, judge};
     use candle_core::DType;
 
-    /// The noise on zeros.
+    /// Returns the noise on zeros.
     fn noise(width: usize, factor: f64, keys: &[u64], length: u32) -> Result<Vec<f64>> {
         let x = Tensor::zeros((keys.len(), width), DType::F64, &Device::Cpu)?;
         let bounds = Bounds::send(5.0, &vec![length; keys.len()], width, &Device::Cpu)?;

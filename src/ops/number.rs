@@ -27,7 +27,7 @@ impl Number {
         }
     }
 
-    /// The sum of two numbers on the same device, in f64 there. Does not wait for the device.
+    /// Returns the sum of two numbers on the same device, in f64 there. Does not wait for the device.
     pub fn add(&self, other: &Number) -> Result<Number> {
         match (self, other) {
             (Number::Here(one), Number::Here(other)) => Ok(Number::Here(one + other)),
@@ -37,8 +37,8 @@ impl Number {
         }
     }
 
-    /// Writes the number into `to` as two values whose sum it is: what the type of `to` holds of it, and the rest.
-    /// In f32 that keeps 48 bits. The rest of a number that is not finite is 0.
+    /// Writes the number into `to` as two values: the number rounded to the type of `to`, and the rest. In f32 that
+    /// keeps 48 bits. The rest of a number that is not finite is 0.
     pub fn split(&self, to: &Tensor) -> Result<()> {
         if to.elem_count() != 2 {
             bail!("a number is split into two values, not {}", to.elem_count());
@@ -54,7 +54,7 @@ impl Number {
         }))
     }
 
-    /// Sum of all elements, in f64.
+    /// Returns the sum of all elements, in f64.
     pub fn total(x: &Tensor) -> Result<Number> {
         #[cfg(feature = "cuda")]
         if x.device().is_cuda() {
@@ -63,7 +63,7 @@ impl Number {
         with_real!(x, T => Ok(Number::Here(cpu::read::<T>(x)?.iter().map(|x| x.wide()).sum())))
     }
 
-    /// Sum of the squares of all elements, in f64.
+    /// Returns the sum of the squares of all elements, in f64.
     pub fn squares(x: &Tensor) -> Result<Number> {
         #[cfg(feature = "cuda")]
         if x.device().is_cuda() {
@@ -149,7 +149,7 @@ pub(super) mod gpu {
     /// Values that one thread block squares and adds.
     const SHARE: usize = 16_384;
 
-    /// The sum of squares of an f32 tensor; it stays on the GPU.
+    /// Returns the sum of squares of an f32 tensor; it stays on the GPU.
     pub fn squares(x: &Tensor) -> Result<Number> {
         let blocks = x.elem_count().div_ceil(SHARE);
         let parts = crate::ops::unwritten(blocks, DType::F64, x.device())?;
@@ -169,7 +169,8 @@ pub(super) mod gpu {
         launch.of(DType::F32, to).launch((1, 1, 1), 1, 0)
     }
 
-    /// Sum of all elements of tensors (f32 or f64) on one device. One block adds one tensor after the other.
+    /// Returns the sum of all elements of tensors (f32 or f64) on one device. One block adds one tensor after the
+    /// other.
     pub fn sum(list: &[&Tensor]) -> Result<Number> {
         let Some(first) = list.first() else { bail!("a sum of no tensors has no device") };
         let total = Tensor::zeros(1, DType::F64, first.device())?;

@@ -17,12 +17,12 @@ pub struct View<'a, T> {
 }
 
 impl<'a, T> View<'a, T> {
-    /// A matrix whose rows are contiguous and lie `row` elements apart.
+    /// Returns a matrix whose rows are contiguous and lie `row` elements apart.
     pub fn rows(data: &'a [T], row: usize) -> View<'a, T> {
         View { data, row, col: 1 }
     }
 
-    /// The transpose of this view.
+    /// Returns the transpose of this view.
     pub fn transposed(self) -> View<'a, T> {
         View { data: self.data, row: self.col, col: self.row }
     }
@@ -47,14 +47,14 @@ pub enum Operand<'a, T> {
 }
 
 impl<'a> View<'a, f32> {
-    /// The view as a matrix [rows, cols].
+    /// Returns the view as a matrix [rows, cols].
     pub fn matrix(self, rows: usize, cols: usize) -> Matrix<'a> {
         Matrix::F32 { data: self.data, rows, cols, row_stride: self.row, col_stride: self.col }
     }
 }
 
 impl<'a> Operand<'a, f32> {
-    /// A weight with rows of `depth` values, for a product of few rows.
+    /// Returns a weight with rows of `depth` values, for a product of few rows.
     pub fn of_few(&self, depth: usize, precision: Precision) -> gemm::Weight<'a> {
         let rows = match self {
             Operand::View(view) => view.data.len() / view.row.max(1),

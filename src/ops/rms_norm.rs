@@ -11,7 +11,7 @@ use crate::with_real;
 /// Rows per task: a few hundred kilobytes.
 const ROWS: usize = 64;
 
-/// The definition, in differentiable primitives; the functions below are compared with it.
+/// Returns the definition, in differentiable primitives; the functions below are compared with it.
 pub fn formula(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     let scale = (x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
     x.broadcast_mul(&scale)?.broadcast_mul(w)
@@ -22,7 +22,7 @@ pub fn forward(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     forward_beside(x, w, eps, 0)
 }
 
-/// `forward` into the first columns of [T, C + spare]; the spare columns are not written. They need a GPU.
+/// Does `forward` into the first columns of [T, C + spare]; the spare columns are not written. They need a GPU.
 pub fn forward_beside(x: &Tensor, w: &Tensor, eps: f64, spare: usize) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
     #[cfg(feature = "cuda")]
@@ -47,7 +47,7 @@ pub fn forward_beside(x: &Tensor, w: &Tensor, eps: f64, spare: usize) -> Result<
     })
 }
 
-/// `forward_beside`, and 1 / rms of each row, f32 `[T]`. It needs a GPU.
+/// Does `forward_beside`, and also returns 1 / rms of each row, f32 `[T]`. It needs a GPU.
 #[cfg(feature = "cuda")]
 pub fn forward_and_scales(x: &Tensor, w: &Tensor, eps: f64, spare: usize) -> Result<(Tensor, Tensor)> {
     let scales = super::unwritten(x.dim(0)?, candle_core::DType::F32, x.device())?;
@@ -86,7 +86,7 @@ pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> R
     })
 }
 
-/// `backward` on a GPU. Returns `dx` with what was added, without columns behind x's, in 8 bits.
+/// Does `backward` on a GPU. Returns the sum in `dx`, without columns behind x's, in 8 bits.
 #[cfg(feature = "cuda")]
 pub fn backward_rounded(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f64, dx: &Tensor) -> Result<Scaled> {
     let rounded = fp8::empty(x.dim(0)?, x.dim(1)?, x)?;
@@ -120,8 +120,8 @@ mod gpu {
 
     const THREADS: usize = 256;
 
-    /// The norm of each row of `x`, on the GPU, with spare columns behind it. `scales` gets 1 / rms of each row, and
-    /// `rounded` the norm in 8 bits.
+    /// Returns the norm of each row of `x`, on the GPU, with spare columns behind it. `scales` gets 1 / rms of each
+    /// row, and `rounded` the norm in 8 bits.
     pub fn forward(
         x: &Tensor,
         w: &Tensor,
@@ -175,7 +175,7 @@ mod tests {
                 gpu.same(&forward(&gpu.put(&x)?, &w, 1e-5)?, &expected)?;
                 gpu.same(&judge::first(&forward_beside(&gpu.put(&x)?, &w, 1e-5, 64)?, width)?, &expected)?;
                 kept_scales(gpu, &x, &w, &expected)?;
-                let dx = gpu.put(&dy)?; // the gradient is added to what is there
+                let dx = gpu.put(&dy)?; // the gradient is added to the tensor's content
                 backward(&gpu.put(&dy)?, &gpu.put(&x)?, &w, 1e-5, &dx)?;
                 gpu.same(&dx, &(judge::gradient(&x, &expected, &dy)? + dy.as_tensor())?)?;
                 // Beside the gradient lie columns that stay as they are.
@@ -213,7 +213,7 @@ mod tests {
         judge::finite_differences(&x, &dy, &dx, 1e-7, |x| forward(x, &w, 1e-5))
     }
 
-    /// The scales make the norm of x, which has the bits of `forward`.
+    /// Checks that the scales give the norm of x with the bits of `forward`.
     #[cfg(feature = "cuda")]
     fn kept_scales(gpu: &judge::Gpu, x: &Tensor, w: &Tensor, expected: &Tensor) -> Result<()> {
         let (y, scales) = forward_and_scales(&gpu.put(x)?, w, 1e-5, 64)?;

@@ -23,7 +23,7 @@ pub struct Angles {
 }
 
 impl Angles {
-    /// cos and sin [T, rotary / 2] of a model's rope for rows at `positions`, on `device`. `lengths` gives the
+    /// Returns cos and sin [T, rotary / 2] of a model's rope for rows at `positions`, on `device`. `lengths` gives the
     /// length that decides each row's scaling: the padded length of its micro-batch, which transformers uses.
     pub fn of(
         rope: &Rope,
@@ -35,8 +35,8 @@ impl Angles {
         Angles::send(rope, positions, lengths, 0, dtype, device)?.angles()
     }
 
-    /// The same without the computation on a GPU, which `Sent::angles` asks for. The list of frequencies is filled up
-    /// to `sets` sets if their number depends on the lengths.
+    /// Returns the same without the computation on a GPU, which `Sent::angles` asks for. The list of frequencies is
+    /// filled up to `sets` sets if their number depends on the lengths.
     pub fn send(
         rope: &Rope,
         positions: &[u32],
@@ -74,7 +74,7 @@ pub enum Sent {
 }
 
 impl Sent {
-    /// The angles.
+    /// Returns the angles.
     pub fn angles(&self) -> Result<Angles> {
         match self {
             Sent::Here(angles) => Ok(angles.clone()),
@@ -141,7 +141,7 @@ pub enum Direction {
     Backward,
 }
 
-/// The definition on x [T, heads, width], in differentiable primitives.
+/// Returns the definition on x [T, heads, width], in differentiable primitives.
 pub fn formula(x: &Tensor, angles: &Angles) -> Result<Tensor> {
     let half = angles.cos.dim(1)?;
     let (cos, sin) = (angles.cos.unsqueeze(1)?, angles.sin.unsqueeze(1)?); // [T, 1, half]
@@ -216,7 +216,7 @@ mod gpu {
             })
         }
 
-        /// Cosines and sines of all rotations, computed on the GPU.
+        /// Returns the cosines and sines of all rotations, computed on the GPU.
         pub fn angles(&self) -> Result<Angles> {
             let (rows, half, device) = (self.positions.elem_count(), self.half, self.positions.device());
             let cos = crate::ops::unwritten((rows, half), DType::F32, device)?;

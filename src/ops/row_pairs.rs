@@ -30,7 +30,7 @@ pub struct Pair<'a> {
     pub b: &'a Tensor,
     /// The rows of x and y.
     pub rows: Range<usize>,
-    /// The factor on what the pair adds.
+    /// The factor on the pair's part.
     pub factor: f64,
 }
 
@@ -38,7 +38,7 @@ pub struct Pair<'a> {
 pub struct Layer<'a> {
     /// The first column.
     pub at: usize,
-    /// Their number.
+    /// The number of the layer's columns.
     pub columns: usize,
     /// The pairs.
     pub pairs: Vec<Pair<'a>>,
@@ -47,7 +47,8 @@ pub struct Layer<'a> {
 /// x A^T of all pairs of all layers.
 pub struct Lows(Vec<Vec<f32>>);
 
-/// B [N, R] as tasks read it: B^T of `COLUMNS` columns of y, then that of the next ones. Neighbours are columns.
+/// Returns B [N, R] as tasks read it: B^T of `COLUMNS` columns of y, then that of the next ones. Neighbours are
+/// columns.
 pub fn across(b: &Tensor) -> Result<Tensor> {
     let columns = b.dim(0)?;
     let block =
@@ -55,8 +56,8 @@ pub fn across(b: &Tensor) -> Result<Tensor> {
     Tensor::cat(&(0..columns).step_by(COLUMNS).map(block).collect::<Result<Vec<_>>>()?, 0)
 }
 
-/// Adds what all pairs of all layers make of x [T, K] to y [T, any]. False if a matrix or an activation has another
-/// type than said here; then nothing was done.
+/// Adds the parts of all pairs of all layers, made of x [T, K], to y [T, any]. False if a matrix or an activation has
+/// another type than said here; then nothing was done.
 pub fn add(x: &Tensor, y: &Tensor, layers: &[Layer], precision: Precision) -> Result<bool> {
     match lows(x, layers, precision)? {
         Some(lows) => add_lows(y, layers, &lows, precision).map(|()| true),
@@ -95,7 +96,7 @@ pub fn add_lows(y: &Tensor, layers: &[Layer], lows: &Lows, precision: Precision)
     cpu::edit(y, |y: &mut [f32]| through_b(y, width, layers, &pairs, &b, &lows.0, precision))
 }
 
-/// The values as products of this precision take them.
+/// Converts the values to the form that products of this precision take.
 fn round(values: &mut [f32], precision: Precision) {
     if precision == Precision::F32 {
         return;
@@ -165,7 +166,7 @@ const LANES: usize = 32;
 /// Rows of x whose sums a task makes at once.
 const ROWS: usize = 4;
 
-/// The sum of w * x for each x, whose order depends on the length alone.
+/// Returns the sum of w * x for each x, whose order depends on the length alone.
 #[inline(always)]
 fn dots<W: Copy, const N: usize>(w: &[W], x: [&[f32]; N], wide: impl Fn(W) -> f32) -> [f32; N] {
     let (w_chunks, w_rest) = w.as_chunks::<LANES>();
@@ -228,7 +229,7 @@ fn add_block<W: Copy>(y: &mut [f32], w: &[W], low: &[f32], factor: f32, wide: im
     }
 }
 
-/// x A^T of each pair: for each of its rows, R values, rounded as the next product takes them.
+/// Returns x A^T of each pair: for each of its rows, R values, rounded as the next product takes them.
 fn through_a(x: &[f32], k: usize, pairs: &[&Pair], a: &[Values], precision: Precision) -> Vec<Vec<f32>> {
     let products = pairs.iter().map(|pair| pair.rank() * pair.rows.len() * k).sum();
     // Some rows of a pair's A, which are read once for all rows of x.
@@ -340,7 +341,8 @@ fn through_b(
     }
 }
 
-/// The columns of all layers in all rows that have a pair. Parts that read the same columns of B^T are neighbours.
+/// Returns the columns of all layers in all rows that have a pair. Parts that read the same columns of B^T are
+/// neighbours.
 fn parts<'y>(y: &'y mut [f32], width: usize, layers: &[Layer]) -> Vec<Part<'y>> {
     let mut order: Vec<usize> = (0..layers.len()).collect();
     order.sort_by_key(|layer| layers[*layer].at);
@@ -363,7 +365,8 @@ fn parts<'y>(y: &'y mut [f32], width: usize, layers: &[Layer]) -> Vec<Part<'y>> 
     parts
 }
 
-/// Units that a task has at least if it computes `least` products; `None`: all of them are quicker on this thread.
+/// Returns the units that a task has at least if it computes `least` products; `None`: all of them are quicker on this
+/// thread.
 fn at_once(products: usize, least: usize, units: usize) -> Option<usize> {
     let tasks = (products / least).min(4 * rayon::current_num_threads()).min(units);
     (tasks > 1).then(|| units.div_ceil(tasks))
@@ -396,7 +399,7 @@ mod tests {
     const PAIRS: [(usize, Range<usize>, f64); 6] =
         [(0, 0..1, 1.0), (0, 2..5, 0.5), (0, 3..4, -2.0), (1, 0..5, 0.25), (2, 4..5, 1.0), (2, 4..5, 3.0)];
 
-    /// One after the other, in f64, with the values rounded as the precision says.
+    /// Returns one after the other, in f64, with the values rounded as the precision says.
     fn expected(
         x: &Tensor,
         y: &Tensor,

@@ -9,11 +9,11 @@ use crate::with_real;
 /// An index that fills a list up on a GPU: it stands for no row.
 pub const NO_ROW: u32 = u32::MAX;
 
-/// Row numbers, where the matrices lie whose rows they are.
+/// Row numbers, on the device of the matrices.
 pub enum Index<'a> {
-    /// On the host.
+    /// Numbers on the host.
     Here(&'a [u32]),
-    /// On a GPU.
+    /// Numbers on a GPU.
     #[cfg(feature = "cuda")]
     There(Tensor),
 }
@@ -30,7 +30,7 @@ impl Index<'_> {
         Ok(Index::Here(list))
     }
 
-    /// The number of rows.
+    /// Returns the number of rows.
     pub fn count(&self) -> usize {
         match self {
             Index::Here(list) => list.len(),
@@ -45,7 +45,7 @@ pub fn gather(x: &Tensor, index: &[u32]) -> Result<Tensor> {
     gather_at(x, &Index::send(index, x.dim(0)?, x.device())?)
 }
 
-/// `gather` with numbers that lie on the device. For `NO_ROW` it takes some row.
+/// Does `gather` with numbers that lie on the device. For `NO_ROW` it takes some row.
 pub fn gather_at(x: &Tensor, index: &Index) -> Result<Tensor> {
     let (_, width) = x.dims2()?;
     #[cfg_attr(not(feature = "cuda"), allow(clippy::infallible_destructuring_match))]
@@ -64,17 +64,17 @@ pub fn gather_at(x: &Tensor, index: &Index) -> Result<Tensor> {
     })
 }
 
-/// The transpose of `gather` for distinct rows: a matrix [T, C] of zeros with the rows of `y` at `index`.
+/// Returns the transpose of `gather` for distinct rows: a matrix [T, C] of zeros with the rows of `y` at `index`.
 pub fn scatter(y: &Tensor, index: &[u32], rows: usize) -> Result<Tensor> {
     scatter_beside(y, index, rows, 0)
 }
 
-/// `scatter` into the first columns of a matrix [T, C + spare] of zeros. Spare columns need a GPU.
+/// Does `scatter` into the first columns of a matrix [T, C + spare] of zeros. Spare columns need a GPU.
 pub fn scatter_beside(y: &Tensor, index: &[u32], rows: usize, spare: usize) -> Result<Tensor> {
     scatter_at(y, &Index::send(index, rows, y.device())?, rows, spare)
 }
 
-/// `scatter_beside` with numbers that lie on the device. Rows for `NO_ROW` are left out.
+/// Does `scatter_beside` with numbers that lie on the device. Rows for `NO_ROW` are left out.
 pub fn scatter_at(y: &Tensor, index: &Index, rows: usize, spare: usize) -> Result<Tensor> {
     let (count, width) = y.dims2()?;
     assert_eq!(index.count(), count, "one number for each row");
@@ -107,7 +107,7 @@ pub fn columns(x: &Tensor, at: usize, width: usize) -> Result<Tensor> {
     x.narrow(1, at, width)?.force_contiguous()
 }
 
-/// x with `spare` more columns, which are not written; x itself without them. Spare columns need a GPU.
+/// Returns x with `spare` more columns, which are not written; x itself without them. Spare columns need a GPU.
 pub fn beside(x: &Tensor, spare: usize) -> Result<Tensor> {
     if spare == 0 {
         return Ok(x.clone());
@@ -140,7 +140,7 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<()> {
     })
 }
 
-/// x in another storage type, rounded to nearest; x itself if it already has that type.
+/// Returns x in another storage type, rounded to nearest; x itself if it already has that type.
 pub fn convert(x: &Tensor, dtype: DType) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() && x.dtype() != dtype {
@@ -158,7 +158,7 @@ mod gpu {
     const THREADS: usize = 256;
     const EIGHT: usize = 8;
 
-    /// Rows of `x` by index.
+    /// Returns rows of `x` by index.
     pub fn gather(x: &Tensor, index: &Tensor) -> Result<Tensor> {
         let (_, width) = x.dims2()?;
         let y = crate::ops::unwritten((index.elem_count(), width), x.dtype(), x.device())?;
@@ -166,7 +166,7 @@ mod gpu {
         Ok(y)
     }
 
-    /// Rows of `y` at their index among `rows` rows; everything else is zero.
+    /// Returns rows of `y` at their index among `rows` rows; everything else is zero.
     pub fn scatter(y: &Tensor, index: &Index, rows: usize, spare: usize) -> Result<Tensor> {
         let (_, width) = y.dims2()?;
         let x = Tensor::zeros((rows, width + spare), y.dtype(), y.device())?;
@@ -203,7 +203,7 @@ mod gpu {
         launch.launch((count.div_ceil(THREADS * EIGHT), 1, 1), THREADS, 0)
     }
 
-    /// `x` in another type.
+    /// Returns `x` in another type.
     pub fn convert(x: &Tensor, dtype: DType) -> Result<Tensor> {
         let (y, count) = (crate::ops::unwritten(x.shape(), dtype, x.device())?, x.elem_count());
         let name = format!("convert_{}", cuda::suffix(x.dtype())?);
@@ -248,7 +248,7 @@ mod tests {
         })
     }
 
-    /// A matrix inside another one, whose other values stay as they are.
+    /// Checks the change of a matrix inside another one, whose other values must stay as they are.
     #[cfg(feature = "cuda")]
     fn placed(gpu: &judge::Gpu, x: &Tensor) -> Result<()> {
         let (rows, width) = x.dims2()?;

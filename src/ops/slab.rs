@@ -42,7 +42,7 @@ pub enum Host {
 }
 
 impl Host {
-    /// Memory for `bytes` bytes that will be copied to `device`.
+    /// Returns host memory for `bytes` bytes that will be copied to `device`.
     pub fn new(bytes: usize, device: &Device) -> Result<Host> {
         match device {
             #[cfg(feature = "cuda")]
@@ -65,13 +65,13 @@ impl Host {
 pub enum Fills {
     /// At once, on a CPU.
     AtOnce,
-    /// On a stream beside the device's own.
+    /// Fills run on a stream beside the device's own.
     #[cfg(feature = "cuda")]
     Beside(super::cuda::side::Side),
 }
 
 impl Fills {
-    /// The function that fills buffers of `device`.
+    /// Returns the function that fills buffers of `device`.
     pub fn new(device: &Device) -> Result<Fills> {
         match device {
             #[cfg(feature = "cuda")]
@@ -92,7 +92,7 @@ impl Fills {
         }
     }
 
-    /// Work queued from here on begins after the last fill of buffer `number`.
+    /// Makes work queued from here on begin after the last fill of buffer `number`.
     pub fn wait(&self, number: usize) -> Result<()> {
         match self {
             Fills::AtOnce if number < 2 => Ok(()),

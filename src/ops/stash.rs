@@ -1,7 +1,7 @@
 //! Tensors that wait in host memory -> the same tensors on their device again. On a GPU the copies run beside the
 //! computation, to and from page-locked memory that stays for later passes.
 //!
-//! A tensor is copied while the work that reads it runs, and is freed behind that. On the way back it is asked for one
+//! A tensor is copied while the work that reads it runs, and is freed behind that. On the way back it is requested one
 //! piece of work ahead (`expect`), so that it has arrived when it is needed.
 
 #[cfg(feature = "cuda")]
@@ -60,7 +60,7 @@ impl Open<'_> {
         Ok(())
     }
 
-    /// The tensor is on the host for all work that is queued from here on, and its memory on the device is free.
+    /// Moves a tensor to the host for all work that is queued from here on, and frees its memory on the device.
     pub fn left(&mut self) -> Result<()> {
         #[cfg(feature = "cuda")]
         if let Some(beside) = &mut self.beside {
@@ -81,7 +81,7 @@ impl Open<'_> {
         }
     }
 
-    /// A tensor that is on its device again for all work that is queued from here on.
+    /// Returns a tensor that is on its device again for all work that is queued from here on.
     pub fn bring(&mut self, number: usize) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
         if let Some(beside) = &mut self.beside {
@@ -141,7 +141,7 @@ mod gpu {
             Use { stash, numbers, device: device.clone(), leaving: None, coming: None }
         }
 
-        /// The stream and the memory, made when they are first needed.
+        /// Returns the stream and the memory, made when they are first needed.
         fn beside(&mut self) -> Result<&mut Beside> {
             if self.stash.as_ref().is_none_or(|stash| stash.slots.len() < self.numbers) {
                 *self.stash = None;
@@ -211,7 +211,7 @@ mod gpu {
     }
 
     impl Drop for Use<'_> {
-        /// A pass that failed leaves tensors on their way.
+        /// Waits for tensors that a failed pass left on their way.
         fn drop(&mut self) {
             let _ = self.settle();
         }
@@ -229,8 +229,9 @@ mod tests {
         Tensor::from_vec(values, (rows, 8), &Device::Cpu).unwrap()
     }
 
-    /// Three tensors go and come back, in passes of different sizes. What came back is returned too: a test may leave
-    /// out the event that its memory waits for, and must then drop it behind the stash, which waits for all copies.
+    /// Moves three tensors to the host and back, in passes of different sizes. Returns the tensors that came back too:
+    /// a test may leave out the event that their memory waits for, and must then drop them after the stash, which waits
+    /// for all copies.
     fn go_and_come(stash: &Stash, device: &Device) -> Result<(bool, Vec<Tensor>)> {
         let (mut same, mut stay) = (true, Vec::new());
         for rows in [4, 9, 2] {
@@ -262,7 +263,7 @@ mod tests {
         Ok(())
     }
 
-    /// Copies arrive late on the fake driver: without any one of the events what comes back is something else.
+    /// Copies arrive late on the fake driver: without any one of the events, other values come back.
     #[cfg(feature = "cuda")]
     #[test]
     fn tensors_come_back_to_a_gpu_and_each_event_is_needed() -> Result<()> {

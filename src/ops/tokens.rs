@@ -11,7 +11,7 @@ use crate::with_real;
 pub struct Places(Vec<(u32, u32)>);
 
 impl Places {
-    /// The places of the tokens `ids`, whose trained rows are in that order, among the tokens of a pass.
+    /// Returns the places of the tokens `ids`, whose trained rows are in that order, among the tokens of a pass.
     pub fn of(tokens: &[u32], ids: &[u32]) -> Places {
         let number: std::collections::HashMap<u32, u32> = ids.iter().copied().zip(0..).collect();
         let found = tokens.iter().zip(0..).filter_map(|(token, row)| Some((row, *number.get(token)?)));
@@ -25,13 +25,13 @@ impl Places {
         self.0.is_empty()
     }
 
-    /// The places in these rows, counted from the first of them.
+    /// Returns the places in these rows, counted from the first of them.
     pub fn within(&self, rows: &std::ops::Range<usize>) -> Places {
         let inside = self.0.iter().filter(|(row, _)| rows.contains(&(*row as usize)));
         Places(inside.map(|(row, number)| (row - rows.start as u32, *number)).collect())
     }
 
-    /// The first place of each trained row, and the end.
+    /// Returns the first place of each trained row, and the end.
     #[cfg(feature = "cuda")]
     fn starts(&self) -> Vec<u32> {
         let first = |at: &usize| *at == 0 || self.0[*at].1 != self.0[at - 1].1;
@@ -114,7 +114,7 @@ pub fn put(logits: &Tensor, values: &Tensor, ids: &[u32], add: bool) -> Result<(
     })
 }
 
-/// The columns `ids` of the gradient of logits, [rows, ids], which become 0 there.
+/// Returns the columns `ids` of the gradient of logits, [rows, ids], which become 0 there.
 pub fn take(logits: &Tensor, ids: &[u32]) -> Result<Tensor> {
     let ((rows, width), count) = (logits.dims2()?, ids.len());
     assert!(ids.iter().all(|&id| (id as usize) < width), "ids below {width}");
@@ -144,7 +144,7 @@ mod gpu {
 
     const THREADS: usize = 128;
 
-    /// One block per place.
+    /// Adds or stores the rows at their places, with one block for each place.
     pub fn place(to: &Tensor, rows: &Tensor, places: &Places, factor: f64, add: bool) -> Result<()> {
         let at = upload(&places.flat(), to.device())?;
         let launch = Launch::new(to, "tokens", "place")?.anywhere(to.dtype(), rows).of(DType::U32, &at);
@@ -152,7 +152,7 @@ mod gpu {
         launch.launch((places.0.len(), 1, 1), THREADS, 0)
     }
 
-    /// One block per trained row that stands somewhere.
+    /// Adds up the gradients of the trained rows, with one block for each row that stands somewhere.
     pub fn collect(d: &Tensor, places: &Places, factor: f64, gradient: &Tensor) -> Result<()> {
         let starts = places.starts();
         let (at, begins) = (upload(&places.flat(), d.device())?, upload(&starts, d.device())?);
@@ -162,7 +162,7 @@ mod gpu {
         launch.launch((starts.len() - 1, 1, 1), THREADS, 0)
     }
 
-    /// One block per row.
+    /// Puts values into the columns `ids` of the logits, with one block for each row.
     pub fn put(logits: &Tensor, values: &Tensor, ids: &[u32], add: bool) -> Result<()> {
         let ((rows, width), ids) = (logits.dims2()?, upload(ids, logits.device())?);
         let launch = Launch::new(logits, "tokens", "put")?.tensor(values).of(DType::U32, &ids);
@@ -170,7 +170,7 @@ mod gpu {
         launch.int(usize::from(add)).launch((rows, 1, 1), THREADS, 0)
     }
 
-    /// One block per row.
+    /// Takes the columns `ids` of the logits, with one block for each row.
     pub fn take(logits: &Tensor, ids: &[u32]) -> Result<Tensor> {
         let (rows, width) = logits.dims2()?;
         let values = unwritten((rows, ids.len()), logits.dtype(), logits.device())?;

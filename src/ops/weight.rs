@@ -22,7 +22,7 @@ impl Weight {
         }
     }
 
-    /// The device that it lies on.
+    /// Returns the device that it lies on.
     pub fn device(&self) -> &Device {
         match self {
             Weight::Dense(tensor) => tensor.device(),
@@ -30,7 +30,7 @@ impl Weight {
         }
     }
 
-    /// Bytes that the weight takes.
+    /// Returns the number of bytes that the weight takes.
     pub fn bytes(&self) -> usize {
         match self {
             Weight::Dense(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),

@@ -1,5 +1,5 @@
-//! The arguments of a run -> what its folder remembers of them, so that commands can look at its adapter later without
-//! being told again. No secret gets into it: an address with a signature is left out.
+//! The arguments of a run -> the arguments that its folder records, so that later commands need not be given them
+//! again. No secret is recorded: an address with a signature is left out.
 
 use serde_json::{Map, Value as Json};
 
@@ -9,7 +9,7 @@ use crate::spec::Spec;
 use crate::spec::keys::{Effect, Section};
 use std::path::Path;
 
-/// Keys of one start: where its results and metrics go, how it reaches a registry, what it computes on.
+/// Keys of one start: the places of its results and metrics, its access to registries, and its device.
 const OF_ONE_START: [&str; 18] = [
     "output",
     "earlier_results",
@@ -31,8 +31,8 @@ const OF_ONE_START: [&str; 18] = [
     "residency",
 ];
 
-/// Returns whether a key belongs to one start, so that no record holds it. A folder that somebody else wrote does not
-/// decide where this start sends things, or whom it trusts.
+/// Returns whether a key belongs to one start, so that no record holds it. So a folder that somebody else wrote cannot
+/// decide where this start sends results, or which servers it trusts.
 pub fn is_of_one_start(key: &str) -> bool {
     OF_ONE_START.contains(&key)
 }
@@ -76,7 +76,7 @@ pub(super) fn asked(spec: &Spec, base: &fetch::Model, chat_template: Option<&str
     asked
 }
 
-/// The entries of `data` as they were written, or where KAITO puts them.
+/// Returns the entries of `data` as they were written, or where KAITO puts them.
 fn data(spec: &Spec) -> Vec<String> {
     let given = |section, name: &str| spec.get(section, name).map(|given| texts(&given.value.to_json()));
     let path =
@@ -90,7 +90,7 @@ fn data(spec: &Spec) -> Vec<String> {
     }
 }
 
-/// A text or a list of texts.
+/// Returns a text or a list of texts.
 fn texts(given: &Json) -> Vec<String> {
     match given {
         Json::Array(items) => items.iter().filter_map(text).collect(),
@@ -102,7 +102,7 @@ fn text(value: &Json) -> Option<String> {
     value.as_str().map(str::to_owned)
 }
 
-/// An entry of `data` that means the same from every folder; `None` if it holds a secret.
+/// Returns an entry of `data` that means the same from every folder; `None` if it holds a secret.
 fn place(text: &str) -> Option<String> {
     match text.contains("://") {
         true => {

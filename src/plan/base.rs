@@ -1,4 +1,4 @@
-//! Keys -> how the base is stored and computed with, and what is adapted.
+//! Keys -> the storage and precision of the base, and the adapted modules.
 
 use super::reader::Reader;
 use crate::facts::{
@@ -43,8 +43,8 @@ pub(super) fn quantization(reader: &mut Reader) -> Quantization {
     Quantization::None
 }
 
-/// The precision: `compute`, or else a 4-bit base's compute type, or else `bf16`/`fp16`, or else the model's type, or
-/// else bf16.
+/// Returns the precision: `compute`, or else a 4-bit base's compute type, or else `bf16`/`fp16`, or else the model's
+/// type, or else bf16.
 pub(super) fn precision(reader: &mut Reader, quantization: Quantization) -> Precision {
     use Section::{ModelConfig as M, QuantizationConfig as Q, TrainingArguments as T};
     let compute = reader.text(Q, "bnb_4bit_compute_dtype").filter(|_| quantization != Quantization::None);
@@ -106,7 +106,7 @@ pub(super) fn memory(reader: &mut Reader) -> memory::Options {
     }
 }
 
-/// The amount that layers keep: `keep`, or else `gradient_checkpointing`. `None`: as much as memory allows.
+/// Returns the amount that layers keep: `keep`, or else `gradient_checkpointing`. `None`: as much as memory allows.
 fn keep(reader: &mut Reader) -> Option<Keep> {
     let level = reader.text(Section::Hone, "keep").as_deref().and_then(Keep::named);
     let older = reader.maybe_boolean(Section::TrainingArguments, "gradient_checkpointing");
@@ -180,7 +180,7 @@ pub(super) fn lora(reader: &mut Reader, seed: u64) -> LoraOptions {
     }
 }
 
-/// PEFT's two forms: a list of tokens, whose rows of the embedding are trained, or a map from tables to lists.
+/// Reads PEFT's two forms: a list of tokens, whose rows of the embedding are trained, or a map from tables to lists.
 fn tokens(reader: &mut Reader) -> Tokens {
     use Section::LoraConfig as L;
     const KEY: &str = "trainable_token_indices";
@@ -290,8 +290,8 @@ fn init(reader: &mut Reader) -> LoraInit {
     }
 }
 
-/// The modules to adapt. A list holds names. A single string is `all-linear`, a name (KAITO makes a list of it), or
-/// else PEFT's regular expression on the whole path, which a bare name could never match.
+/// Returns the modules to adapt. A list holds names. A single string is `all-linear`, a name (KAITO makes a list of
+/// it), or else PEFT's regular expression on the whole path, which a bare name could never match.
 fn targets(reader: &mut Reader) -> Targets {
     use Section::LoraConfig as L;
     let origin = reader.origin(L, "target_modules");
@@ -312,7 +312,7 @@ fn exclude(reader: &mut Reader) -> Modules {
     modules(reader, "exclude_modules")
 }
 
-/// The modules of a key: names, or a single string that is not a name and therefore a regular expression.
+/// Returns the modules of a key: names, or a single string that is not a name and therefore a regular expression.
 fn modules(reader: &mut Reader, key: &str) -> Modules {
     use Section::LoraConfig as L;
     let origin = reader.origin(L, key);

@@ -1,4 +1,5 @@
-//! Which evaluation is the best, and what follows: `metric_for_best_model`, `load_best_model_at_end`, early stopping.
+//! The choice of the best evaluation, and its consequences: `metric_for_best_model`, `load_best_model_at_end`, early
+//! stopping.
 
 use super::places::Entries;
 use super::reader::Reader;
@@ -7,7 +8,7 @@ use crate::spec::keys::Section::TrainingArguments as T;
 use crate::train::Every;
 use crate::train::best::{Judging, Measure, Stopping};
 
-/// How evaluations are compared; `None` if nothing asks for it.
+/// Returns the rules for comparing evaluations; `None` if no key asks for it.
 pub(super) fn judging(
     reader: &mut Reader,
     entries: &Entries,
@@ -52,7 +53,7 @@ pub(super) fn judging(
     Some(judging)
 }
 
-/// The measure of a metric's name, and the source if it is `eval_NAME_loss` and so on.
+/// Returns the measure of a metric's name, and the source if it is `eval_NAME_loss` and so on.
 fn metric(
     reader: &mut Reader,
     entries: &Entries,

@@ -13,7 +13,7 @@ use crate::{fetch, registry, source};
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
-/// The base model: its address, and the folder that its files are or will be in.
+/// Returns the base model: its address, and the folder that its files are or will be in.
 pub(super) fn model(reader: &mut Reader, cache: &Path, kaito: bool) -> (fetch::Model, PathBuf) {
     const MOUNTED: [&str; 2] = ["/workspace/tfs/weights", "/workspace/weights"];
     let mut origin = reader.origin(Section::Hone, "model");
@@ -86,14 +86,14 @@ pub(super) struct Entries {
 }
 
 impl Entries {
-    /// The entries that are evaluated, by index and name.
+    /// Returns the entries that are evaluated, by index and name.
     pub fn evaluated(&self) -> impl Iterator<Item = (usize, &str)> {
         let from = self.evaluation_from.unwrap_or(0);
         self.names.iter().map(String::as_str).enumerate().skip(from)
     }
 }
 
-/// The addresses of the data, to train on and to evaluate on.
+/// Returns the addresses of the data, to train on and to evaluate on.
 pub(super) fn data(reader: &mut Reader, kaito: bool, needed: bool) -> Entries {
     let mut origin = reader.origin(Section::Hone, "data");
     let mut texts = reader.texts(Section::Hone, "data");
@@ -156,7 +156,7 @@ fn warn_of_repetitions(reader: &mut Reader, data: &[fetch::Data]) {
     }
 }
 
-/// The entries of one key; they have no names yet.
+/// Returns the entries of one key; they have no names yet.
 fn parsed(reader: &mut Reader, key: &str, texts: Vec<String>, origin: &Origin) -> Entries {
     let mut entries =
         Entries { data: Vec::new(), shares: Vec::new(), names: Vec::new(), evaluation_from: None };
@@ -179,8 +179,8 @@ fn parsed(reader: &mut Reader, key: &str, texts: Vec<String>, origin: &Origin) -
     entries
 }
 
-/// A name for each entry: its own, or one made from its address. Names that were made get a number if they are not
-/// distinct; names that were given must be distinct among those that are evaluated together.
+/// Returns a name for each entry: its own, or one made from its address. Names that were made get a number if they are
+/// not distinct; names that were given must be distinct among those that are evaluated together.
 fn names(reader: &mut Reader, data: &[fetch::Data], shares: &[Share]) -> Vec<String> {
     let mut names: Vec<String> = Vec::new();
     for (data, share) in data.iter().zip(shares) {
@@ -202,7 +202,7 @@ fn names(reader: &mut Reader, data: &[fetch::Data], shares: &[Share]) -> Vec<Str
     names
 }
 
-/// The digests that pin the bytes of the data. Data that is all on this machine has no line.
+/// Returns the digests that pin the bytes of the data. Data that is all on this machine has no line.
 fn pins(sources: &[fetch::Data]) -> Option<String> {
     let words = [
         (Pin::Sha256, "by sha256"),
@@ -263,8 +263,8 @@ fn share(text: &str) -> Result<(String, Share), String> {
     Ok((text, share))
 }
 
-/// The output folder: `output`, or else `TrainingArguments.output_dir` as it is. Under KAITO's mounts, it is resolved
-/// as KAITO's controller does.
+/// Returns the output folder: `output`, or else `TrainingArguments.output_dir` as it is. Under KAITO's mounts, it is
+/// resolved as KAITO's controller does.
 pub(super) fn output(reader: &mut Reader, kaito: bool) -> PathBuf {
     let asked =
         reader.text(Section::Hone, "output").map(|text| (text, reader.origin(Section::Hone, "output")));
@@ -289,7 +289,7 @@ pub(super) fn output(reader: &mut Reader, kaito: bool) -> PathBuf {
     folder
 }
 
-/// The rule of KAITO's `PrepareOutputDir`: an empty text means /mnt/output; any other path must lie below /mnt.
+/// Returns the rule of KAITO's `PrepareOutputDir`: an empty text means /mnt/output; any other path must lie below /mnt.
 pub fn below_mnt(text: &str) -> Option<PathBuf> {
     let text = if text.trim().is_empty() { "output" } else { text };
     let joined = if text.starts_with("/mnt") { text.to_string() } else { format!("/mnt/{text}") };
@@ -331,7 +331,7 @@ pub(super) fn init_adapter(reader: &mut Reader) -> Option<PathBuf> {
     Some(path)
 }
 
-/// The places that the adapter is sent to: `push`, and the hub's repository if `push_to_hub` is true.
+/// Returns the places that the adapter is sent to: `push`, and the hub's repository if `push_to_hub` is true.
 pub(super) fn push(reader: &mut Reader, output: &Path) -> Vec<Destination> {
     let origin = reader.origin(Section::Hone, "push");
     let mut places: Vec<Destination> = Vec::new();
@@ -352,7 +352,7 @@ pub(super) fn push(reader: &mut Reader, output: &Path) -> Vec<Destination> {
     places
 }
 
-/// transformers' `push_to_hub`, as a place.
+/// Returns transformers' `push_to_hub` as a place.
 fn push_to_hub(reader: &mut Reader, output: &Path) -> Option<Destination> {
     use Section::TrainingArguments as T;
     let wanted = reader.boolean(T, "push_to_hub");
@@ -401,7 +401,7 @@ pub(super) fn device(reader: &mut Reader) -> Choice {
     }
 }
 
-/// The processes that train together. `choice` is the value of `device`.
+/// Returns the processes that train together. `choice` is the value of `device`.
 pub(super) fn ranks(reader: &mut Reader, choice: Choice) -> Wish {
     let origin = reader.origin(Section::Hone, "gpus");
     let text = reader.text(Section::Hone, "gpus");
@@ -438,7 +438,7 @@ pub(super) fn registry_options(reader: &mut Reader, ca_file: Option<PathBuf>) ->
     registry_access(docker_config, ca_file, reader.boolean(Section::Hone, "plain_http"))
 }
 
-/// How to reach a registry, for `hone push` and `hone pull`, which have no keys.
+/// Returns the options of a registry for `hone push` and `hone pull`, which have no keys.
 pub fn registry_access(
     docker_config: Option<PathBuf>,
     ca_file: Option<PathBuf>,

@@ -9,7 +9,7 @@ use crate::{registry, source};
 /// The keys that decide how a model is reached. Each has the variable `HONE_` and its name.
 const KEYS: [&str; 4] = ["cache", "ca_file", "docker_config", "plain_http"];
 
-/// The way to models, by the variables of these few keys.
+/// Returns the way to models, by the variables of these few keys.
 ///
 /// # Errors
 /// Config: a value that cannot be used.

@@ -16,28 +16,28 @@ pub(super) struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    /// Nothing is read yet.
+    /// Returns a reader that has read nothing yet.
     pub fn new(spec: &'a Spec) -> Reader<'a> {
         let (read, derived, warnings) = Default::default();
         Reader { spec, read, derived, mistakes: Mistakes::default(), warnings }
     }
 
-    /// A boolean that has a default.
+    /// Returns a boolean that has a default.
     pub fn boolean(&mut self, section: Section, name: &str) -> bool {
         self.maybe_boolean(section, name).expect("the table gives a default")
     }
 
-    /// An integer that has a default.
+    /// Returns an integer that has a default.
     pub fn integer(&mut self, section: Section, name: &str) -> i64 {
         self.maybe_integer(section, name).expect("the table gives a default")
     }
 
-    /// A number that has a default.
+    /// Returns a number that has a default.
     pub fn number(&mut self, section: Section, name: &str) -> f64 {
         self.maybe_number(section, name).expect("the table gives a default")
     }
 
-    /// A boolean; `None` if it is not given and has no default.
+    /// Returns a boolean; `None` if it is not given and has no default.
     pub fn maybe_boolean(&mut self, section: Section, name: &str) -> Option<bool> {
         match self.value(section, name)? {
             Written::Boolean(value) => Some(value),
@@ -45,7 +45,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// An integer; `None` if it is not given and has no default.
+    /// Returns an integer; `None` if it is not given and has no default.
     pub fn maybe_integer(&mut self, section: Section, name: &str) -> Option<i64> {
         match self.value(section, name)? {
             Written::Integer(value) => Some(value),
@@ -53,7 +53,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// A number; `None` if it is not given and has no default.
+    /// Returns a number; `None` if it is not given and has no default.
     pub fn maybe_number(&mut self, section: Section, name: &str) -> Option<f64> {
         match self.value(section, name)? {
             Written::Number(value) => Some(value),
@@ -61,7 +61,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// A text; `None` if it is not given and has no default.
+    /// Returns a text; `None` if it is not given and has no default.
     pub fn text(&mut self, section: Section, name: &str) -> Option<String> {
         match self.value(section, name)? {
             Written::Text(value) => Some(value),
@@ -69,7 +69,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// A list of texts; a single text counts as a list of one.
+    /// Returns a list of texts; a single text counts as a list of one.
     pub fn texts(&mut self, section: Section, name: &str) -> Vec<String> {
         self.list(section, name, |item| match item {
             Written::Text(text) => Some(text),
@@ -77,7 +77,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// A list of integers; empty if it is not given.
+    /// Returns a list of integers; empty if it is not given.
     pub fn integers(&mut self, section: Section, name: &str) -> Vec<i64> {
         self.list(section, name, |item| match item {
             Written::Integer(value) => Some(value),
@@ -85,7 +85,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// A map from texts to numbers; empty if it is not given.
+    /// Returns a map from texts to numbers; empty if it is not given.
     pub fn map(&mut self, section: Section, name: &str) -> Vec<(String, f64)> {
         let Some(Written::Map(entries)) = self.value(section, name) else { return Vec::new() };
         let number = |value| match value {
@@ -95,17 +95,17 @@ impl<'a> Reader<'a> {
         entries.into_iter().map(|(key, value)| (key, number(value))).collect()
     }
 
-    /// The value as it was written, of whatever shape.
+    /// Returns the value as it was written, of any shape.
     pub fn any(&mut self, section: Section, name: &str) -> Option<Written> {
         self.value(section, name)
     }
 
-    /// The place where the value in force was written.
+    /// Returns the place where the value in force was written.
     pub fn origin(&self, section: Section, name: &str) -> Origin {
         self.given(section, name).map_or(Origin::Default, |given| given.origin.clone())
     }
 
-    /// The value that the spec gives for a key.
+    /// Returns the value that the spec gives for a key.
     pub fn given(&self, section: Section, name: &str) -> Option<&'a Given> {
         self.spec.get(section, name)
     }
@@ -129,7 +129,7 @@ impl<'a> Reader<'a> {
         self.derived.push(Value { name: name.into(), value: value.into(), origin });
     }
 
-    /// Adds a mistake in what was written at `origin`.
+    /// Adds a mistake in the value that was written at `origin`.
     pub fn wrong(&mut self, origin: &Origin, message: impl Into<String>) {
         self.mistakes.add(origin, message.into());
     }
@@ -139,7 +139,7 @@ impl<'a> Reader<'a> {
         self.warnings.push(message);
     }
 
-    /// The plan with all recorded values, or all mistakes.
+    /// Returns the plan with all recorded values, or all mistakes.
     pub fn finish(self, mut plan: Plan) -> Result<Plan> {
         self.mistakes.into_result()?;
         let mut read = self.read;
@@ -149,7 +149,7 @@ impl<'a> Reader<'a> {
         Ok(plan)
     }
 
-    /// All mistakes, if no plan is made of the values.
+    /// Fails with all mistakes. It serves callers that make no plan of the values.
     pub fn check(self) -> Result<()> {
         self.mistakes.into_result()
     }
@@ -163,7 +163,7 @@ impl<'a> Reader<'a> {
         items.into_iter().map(|value| item(value).expect("items have the type of the key")).collect()
     }
 
-    /// The value in force: the given one if it is not null, or else the table's default.
+    /// Returns the value in force: the given one if it is not null, or else the table's default.
     fn value(&mut self, section: Section, name: &str) -> Option<Written> {
         let key = keys::find(section, name).expect("only keys of the table are read");
         debug_assert_eq!(key.effect, Effect::Used, "{key} is read, so it has a use");

@@ -44,7 +44,7 @@ pub(super) fn dataset_options(reader: &mut Reader, entries: &Entries) -> dataset
     }
 }
 
-/// The share of rows that train: all, if evaluation has data of its own.
+/// Returns the share of rows that train: all, if evaluation has data of its own.
 fn train_share(reader: &mut Reader, entries: &Entries) -> f64 {
     let given = reader.given(Section::DatasetConfig, "train_test_split").is_some();
     let share = reader.number(Section::DatasetConfig, "train_test_split");
@@ -99,7 +99,7 @@ pub(super) fn token_options(reader: &mut Reader) -> TokenOptions {
     }
 }
 
-/// Beside the downloads, unless a folder is named or `off` is said.
+/// Returns the place of the token cache: beside the downloads, unless the key names a folder or says `off`.
 pub(super) fn token_cache(reader: &mut Reader, cache: &Path) -> TokenCache {
     match reader.text(Section::Hone, "token_cache").as_deref() {
         // YAML 1.1 knows `off` as a boolean, so that a template may write it as `false`.
@@ -138,7 +138,7 @@ fn bad_rows(reader: &mut Reader) -> BadRows {
     }
 }
 
-/// The loss is on answers, unless a key says false and none says true.
+/// Returns the tokens that carry loss: answers, unless a key says false and none says true.
 fn loss(reader: &mut Reader) -> LossOn {
     let keys = ["completion_only_loss", "assistant_only_loss"];
     let said = keys.map(|name| {
@@ -155,7 +155,7 @@ fn loss(reader: &mut Reader) -> LossOn {
     loss
 }
 
-/// The chat template: the value itself if it looks like Jinja text, or else the text of the file that it names.
+/// Returns the chat template: the value itself if it looks like Jinja text, or else the text of the file that it names.
 fn chat_template(reader: &mut Reader) -> Option<String> {
     let older = reader.text(Section::TrainingArguments, "chat_template_path");
     let mut origin = reader.origin(Section::ModelConfig, "chat_template");

@@ -6,7 +6,7 @@ use crate::spec::value::Value as Written;
 use crate::train::Schedule;
 use crate::train::schedule::{Shape, Stages};
 
-/// Arguments of a schedule, as they were written, and what was wrong with them.
+/// Arguments of a schedule, as they were written, and the mistakes in them.
 struct Arguments {
     given: Vec<(String, String)>,
     taken: Vec<&'static str>,
@@ -19,7 +19,7 @@ impl Arguments {
         self.given.iter().find(|(given, _)| given == name).map(|(_, value)| value.clone())
     }
 
-    /// A number in the range.
+    /// Returns a number in the range.
     fn number(&mut self, name: &'static str, min: f64, max: f64) -> Option<f64> {
         let text = self.text(name)?;
         let number = text.replace('_', "").parse::<f64>().ok().filter(|number| (min..=max).contains(number));
@@ -56,7 +56,7 @@ impl Arguments {
     }
 }
 
-/// The schedule; mistakes are told by the reader.
+/// Returns the schedule. The reader collects mistakes.
 pub(super) fn schedule(reader: &mut Reader, learning_rate: f64) -> Schedule {
     let name = reader.text(T, "lr_scheduler_type").unwrap_or_default();
     let origin = reader.origin(T, "lr_scheduler_kwargs");

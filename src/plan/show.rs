@@ -5,7 +5,7 @@ use crate::report::clean;
 use serde_json::{Value as Json, json};
 
 impl Plan {
-    /// One line for each value with its origin, then the keys without effect, then the warnings.
+    /// Returns one line for each value with its origin, then the keys without effect, then the warnings.
     pub fn table(&self) -> String {
         let rows: Vec<[String; 3]> = self
             .values
@@ -33,12 +33,12 @@ impl Plan {
         table
     }
 
-    /// Names and values, as text and without secrets.
+    /// Returns names and values, as text and without secrets.
     pub fn settings(&self) -> Vec<(String, String)> {
         self.values.iter().map(|value| (value.name.clone(), text(&redacted(&value.value)))).collect()
     }
 
-    /// `{"values": {name: {"value", "origin"}}, "ignored": [...], "warnings": [...]}`
+    /// Returns `{"values": {name: {"value", "origin"}}, "ignored": [...], "warnings": [...]}`.
     pub fn json(&self) -> Json {
         let values: serde_json::Map<String, Json> = self
             .values
@@ -57,7 +57,7 @@ impl Plan {
     }
 }
 
-/// The value on one line; texts are shown without JSON's quotes, and whole numbers without a fraction.
+/// Returns the value on one line; texts are shown without JSON's quotes, and whole numbers without a fraction.
 fn text(value: &Json) -> String {
     match value {
         Json::String(text) => text.escape_debug().to_string(),

@@ -1,4 +1,4 @@
-//! Tests of what configurations resolve to.
+//! Tests of the plans that configurations result in.
 
 use super::places::below_mnt;
 use super::rows::TOKENS_UNLIMITED;
@@ -23,7 +23,7 @@ impl Case {
         Case { folder }
     }
 
-    /// The plan of a model, a dataset and `config`.
+    /// Returns the plan of a model, a dataset and `config`.
     fn plan(&self, config: &str) -> Result<Plan> {
         let path = self.folder.path().join("train.yaml");
         std::fs::write(&path, config).unwrap();
@@ -218,7 +218,7 @@ fn every_used_key_is_read() {
     }
 }
 
-/// A value for a key that no plan refuses.
+/// Returns a value for a key that no plan refuses.
 fn sample(key: &spec::keys::Key, case: &Case) -> String {
     use spec::keys::Type;
     let folder = case.folder.path().display();

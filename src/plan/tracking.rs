@@ -7,7 +7,7 @@ use crate::spec::Origin;
 use crate::spec::keys::Section::{Hone as H, TrainingArguments as T};
 use crate::trackers::{self, Mlflow, Options};
 
-/// Names of trackers that transformers knows and that hone does not send to, and what to do about them.
+/// Names of trackers that transformers knows and hone does not, each with a remedy.
 const OTHERS: [(&str, &str); 12] = [
     ("wandb", "use tensorboard: `wandb sync` uploads its event files"),
     ("comet_ml", "use tensorboard: `comet upload` takes its event files"),
@@ -23,7 +23,7 @@ const OTHERS: [(&str, &str); 12] = [
     ("kubeflow", "no setting is needed: a pod of a TrainJob reports to its controller by itself"),
 ];
 
-/// The trackers; nothing is asked of them yet.
+/// Returns the trackers' options, without sending a request.
 pub(super) fn trackers(reader: &mut Reader, output: &Path, model: &str, ca_file: Option<PathBuf>) -> Options {
     let origin = reader.origin(T, "report_to");
     let names = reader.texts(T, "report_to");
@@ -48,7 +48,7 @@ pub(super) fn trackers(reader: &mut Reader, output: &Path, model: &str, ca_file:
     options
 }
 
-/// The last part of the output folder, and the model.
+/// Returns the last part of the output folder, and the model.
 fn run_name(output: &Path, model: &str) -> String {
     let folder = output.file_name().map_or(String::new(), |name| name.to_string_lossy().into_owned());
     let model = model.rsplit('/').next().unwrap_or(model);
@@ -81,7 +81,7 @@ fn address(reader: &mut Reader, key: &str) -> Option<String> {
     fits.then_some(text)
 }
 
-/// MLflow, if `report_to` names it.
+/// Returns MLflow's options, if `report_to` names it.
 fn mlflow(reader: &mut Reader, wanted: bool, origin: &Origin, remembered: PathBuf) -> Option<Mlflow> {
     let uri = address(reader, "mlflow");
     let experiment = reader.text(H, "mlflow_experiment").unwrap_or_default();

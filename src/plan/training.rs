@@ -91,7 +91,7 @@ pub(super) fn train_options(
     }
 }
 
-/// The kind of AdamW's moments that `optim` asks for.
+/// Returns the kind of AdamW's moments that `optim` asks for.
 fn eight_bit_moments(reader: &mut Reader) -> bool {
     let optimizer = reader.text(Section::TrainingArguments, "optim").unwrap_or_default();
     match optimizer.as_str() {
@@ -107,7 +107,7 @@ fn eight_bit_moments(reader: &mut Reader) -> bool {
     }
 }
 
-/// `spike_policy` and what it goes by.
+/// Returns the rules of `spike_policy`, `spike_factor` and `spike_window`.
 fn spikes(reader: &mut Reader) -> Option<Spikes> {
     use Section::Hone as H;
     let (factor, window) = (reader.number(H, "spike_factor"), reader.integer(H, "spike_window"));
@@ -131,7 +131,7 @@ fn spikes(reader: &mut Reader) -> Option<Spikes> {
     Some(Spikes { policy, factor, window: window as usize })
 }
 
-/// A number of steps; below 1, a share of all steps, as in transformers.
+/// Returns a number of steps; below 1, a share of all steps, as in transformers.
 fn steps(reader: &mut Reader, key: &str) -> Option<Every> {
     let value = reader.maybe_number(Section::TrainingArguments, key)?;
     if value > 0.0 && value < 1.0 {
@@ -173,7 +173,8 @@ fn tell_of_idle_steps(reader: &mut Reader, what: &str, strategy: &str) {
     });
 }
 
-/// The strategy in force, as its key names it, or `minutes`. If there are no rows to evaluate on, a warning says so.
+/// Returns the strategy in force, as its key names it, or `minutes`. If there are no rows to evaluate on, a warning
+/// says so.
 fn eval_strategy(reader: &mut Reader, evaluation: Every) -> &'static str {
     match evaluation {
         _ if reader.text(Section::TrainingArguments, "eval_strategy").as_deref() == Some("steps") => "steps",
@@ -184,7 +185,7 @@ fn eval_strategy(reader: &mut Reader, evaluation: Every) -> &'static str {
     }
 }
 
-/// The points at which to evaluate. If no key says so: once an epoch, if there are rows to evaluate on.
+/// Returns the points at which to evaluate. If no key says so: once an epoch, if there are rows to evaluate on.
 fn evaluation(reader: &mut Reader, dataset: &dataset::Options, steps: Every) -> Every {
     let split = dataset.train_share < 1.0 || dataset.evaluation_from.is_some();
     let name = "eval_strategy";
@@ -224,8 +225,8 @@ fn evaluation(reader: &mut Reader, dataset: &dataset::Options, steps: Every) -> 
     evaluation
 }
 
-/// The warm-up, as transformers reads the keys: `warmup_ratio` overrides `warmup_steps`, and a `warmup_steps` below 1
-/// is a share of all steps.
+/// Returns the warm-up, as transformers reads the keys: `warmup_ratio` overrides `warmup_steps`, and a `warmup_steps`
+/// below 1 is a share of all steps.
 fn warmup(reader: &mut Reader, schedule: Schedule) -> Warmup {
     let steps = reader.number(Section::TrainingArguments, "warmup_steps");
     let ratio = reader.maybe_number(Section::TrainingArguments, "warmup_ratio");

@@ -1,7 +1,7 @@
 //! An adapter's files -> a commit in a repository of the Hugging Face hub, by the hub's own protocol: the repository
-//! and its branch are made if they are not there, large files go to its store of large files (Git LFS), and one commit
-//! takes all. What the hub has already is not sent again, so that a push that broke off is continued; if the repository
-//! has every file as it is, there is no commit.
+//! and its branch are created if they do not exist, large files go to its store of large files (Git LFS), and one
+//! commit takes all. Files that the hub has already are not sent again, so that an interrupted push is continued. If
+//! the repository has all files unchanged, there is no commit.
 //!
 //! The token goes to the hub's own origin only; addresses of the store of large files carry signatures of their own.
 
@@ -138,7 +138,7 @@ impl<'a> Outgoing<'a> {
         Ok(Outgoing { name, path, bytes, sha256 })
     }
 
-    /// Git's name for the content: the hub tells it of files that are not large.
+    /// Returns Git's name for the content. The hub states it for files that are not large.
     fn blob(&self) -> Result<String> {
         let content = self.head(REGULAR_BYTES_MAX)?;
         let mut hash = <sha1::Sha1 as sha1::Digest>::new();
@@ -147,7 +147,7 @@ impl<'a> Outgoing<'a> {
         Ok(crate::words::hex(sha1::Digest::finalize(hash)))
     }
 
-    /// Up to `most` bytes of its beginning.
+    /// Reads at most `most` bytes from the beginning.
     fn head(&self, most: u64) -> Result<Vec<u8>> {
         let mut head = Vec::new();
         let read = std::fs::File::open(self.path).and_then(|file| file.take(most).read_to_end(&mut head));
@@ -218,7 +218,7 @@ struct Push<'a> {
 }
 
 impl Push<'_> {
-    /// `NAME` alone becomes `OWNER/NAME` of the token's owner.
+    /// Completes `NAME` to `OWNER/NAME` with the token's owner.
     fn own_name(&mut self) -> Result<()> {
         if self.repository.name.contains('/') {
             return Ok(());
@@ -296,7 +296,7 @@ impl Push<'_> {
         files.iter().map(change).collect()
     }
 
-    /// Sends what the store of large files does not have.
+    /// Sends the files that the store of large files does not have.
     fn send_large(&self, changes: &[Change]) -> Result<()> {
         let large = changes.iter().filter(|change| change.is_large);
         let missing: Vec<&Outgoing> = large.map(|change| change.file).collect();
@@ -390,7 +390,7 @@ impl Push<'_> {
         self.accepted(self.post(&self.parsed(&action.href)?, LFS_TYPE, body)?).map(|_| ())
     }
 
-    /// The newest commit of the branch.
+    /// Returns the newest commit of the branch.
     fn head(&self) -> Result<String> {
         let mut parts = vec!["api", "models"];
         parts.extend(self.repository.name.split('/'));
@@ -399,7 +399,7 @@ impl Push<'_> {
         told["sha"].as_str().map(str::to_owned).ok_or_else(|| self.unclear("it names no commit"))
     }
 
-    /// One commit with all changes; returns its hash.
+    /// Makes one commit with all changes; returns its hash.
     fn commit(&self, changes: &[Change], message: &str) -> Result<String> {
         let mut lines = vec![json!({"key": "header", "value": {"summary": message, "description": ""}})];
         for Change { file, is_large, .. } in changes {
@@ -452,7 +452,7 @@ impl Push<'_> {
         self.sender.send(&sending, self.report)
     }
 
-    /// `{endpoint}/{parts}`, each part escaped.
+    /// Returns `{endpoint}/{parts}`, with each part escaped.
     fn url(&self, parts: &[&str]) -> Url {
         let mut url = self.hub.endpoint.clone();
         url.path_segments_mut().expect("an http address has a path").pop_if_empty().extend(parts);
@@ -469,7 +469,7 @@ impl Push<'_> {
             .map_err(|error| self.unclear(&format!("it is not what was asked for: {error}")))
     }
 
-    /// An answer of success, or the fault that it stands for.
+    /// Returns an answer of success, or the fault that it stands for.
     fn accepted(&self, answer: Answer) -> Result<Answer> {
         match answer.status {
             200..300 => Ok(answer),
@@ -490,7 +490,7 @@ impl Push<'_> {
     }
 }
 
-/// An address for a large file that the hub named, if files may go there.
+/// Returns an address for a large file that the hub named, if files may go there.
 fn usable(text: &str, hub: &Url) -> Option<Url> {
     let url = Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https"));
     // A hub that is reached by TLS does not send files elsewhere in clear text.

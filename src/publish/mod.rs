@@ -81,14 +81,14 @@ impl fmt::Display for Destination {
     }
 }
 
-/// LIMIT: letters of a place's name for what it took; a digest has 71.
+/// LIMIT: letters of a place's name for a received version; a digest has 71.
 const REVISION_LETTERS_MAX: usize = 200;
 
 /// Settings to reach the places, and the description of the adapter that is written there.
 pub struct Options<'a> {
-    /// How registries are reached.
+    /// Options of connections to registries.
     pub registry: &'a registry::Options,
-    /// How the hub and object stores are reached.
+    /// Options of connections to the hub and object stores.
     pub source: &'a source::Options,
     /// The image's annotations.
     pub facts: &'a ImageFacts,
@@ -126,7 +126,7 @@ pub fn check(destination: &Destination, adapter: &Path, options: &registry::Opti
 /// Sends the adapter in `folder` to one place. Sending the same adapter again changes nothing and sends little.
 ///
 /// # Errors
-/// Config, Model: the folder holds no complete adapter, or the place refuses it for good. Auth: the credentials are
+/// Config, Model: the folder holds no complete adapter, or the place refuses it permanently. Auth: the credentials are
 /// missing or refused. Push: the place could not be reached. Storage: a disk failed.
 pub fn publish(
     folder: &Path,
@@ -162,12 +162,12 @@ pub fn publish(
     Ok(published)
 }
 
-/// A place's own name for what it took, as text that is safe in a terminal and in a file of lines.
+/// Returns a place's own name for the received version, as text that is safe in a terminal and in a file of lines.
 fn shown(revision: &str) -> String {
     clean(revision, REVISION_LETTERS_MAX)
 }
 
-/// The files that are sent, the configuration last: if it is there, the adapter is complete.
+/// Returns the files that are sent, the configuration last: if it is there, the adapter is complete.
 fn files(folder: &Path) -> Result<Vec<(&'static str, PathBuf)>> {
     let mut files = Vec::new();
     for (name, needed) in [(CARD_FILE, false), (WEIGHTS_FILE, true), (CONFIG_FILE, true)] {

@@ -1,7 +1,7 @@
 //! Events of a rank that is not the first -> the few that only this rank knows.
 //!
-//! Rank 0 reports the run. What follows from the keys, the data or the numbers of training is the same on every rank,
-//! so that another rank shows only warnings of its machine, and a fault that rank 0 does not know.
+//! Rank 0 reports the run. Events that follow from the keys, the data or the numbers of training are the same on every
+//! rank. So another rank shows only warnings of its machine, and a fault that rank 0 does not know.
 
 use std::sync::Arc;
 
@@ -17,8 +17,8 @@ pub struct Follower {
 }
 
 impl Follower {
-    /// A sink that passes what only this rank knows to `inner`, with the rank's number. `is_told` says whether rank 0
-    /// knows why this rank ends (`link::is_told`).
+    /// Returns a sink that passes events that only this rank knows to `inner`, with the rank's number. `is_told` says
+    /// whether rank 0 knows why this rank ends (`link::is_told`).
     pub fn new(inner: Arc<dyn Sink>, rank: usize, is_told: fn() -> bool) -> Follower {
         Follower { inner, rank, is_told }
     }

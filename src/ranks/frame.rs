@@ -16,7 +16,7 @@ const NONCE_BYTES: usize = 32;
 const BODY_BYTES_MAX: u64 = 64 << 30;
 /// LIMIT: a body of a rank that is not known yet.
 pub const GREETING_BYTES_MAX: u64 = 64 << 10;
-/// Bytes of a body that are made room for before they came.
+/// Bytes of a body for which memory is reserved before they arrive.
 const ROOM_BYTES: u64 = 1 << 20;
 
 /// The kind of a frame.
@@ -67,24 +67,24 @@ pub struct Frame {
     pub what: What,
     /// The number of the call, or of a rank; else 0.
     pub number: u64,
-    /// Its content.
+    /// The frame's content.
     pub body: Vec<u8>,
 }
 
 impl Frame {
-    /// A frame without content.
+    /// Returns a frame without content.
     pub fn bare(what: What) -> Frame {
         Frame { what, number: 0, body: Vec::new() }
     }
 
-    /// A frame with a fault.
+    /// Returns a frame with a fault.
     pub fn of(what: What, number: u64, fault: &Fault) -> Frame {
         let said =
             Said { code: fault.kind.exit_code(), message: fault.message.clone(), help: fault.help.clone() };
         Frame { what, number, body: serde_json::to_vec(&said).expect("texts and a number") }
     }
 
-    /// The fault in the frame.
+    /// Returns the fault in the frame.
     pub fn fault(&self) -> Fault {
         let unread = || Fault::internal("a rank failed with a reason that cannot be read");
         serde_json::from_slice::<Said>(&self.body).map_or_else(|_| unread(), |said| said.fault())
@@ -145,7 +145,7 @@ impl Said {
     }
 }
 
-/// The kind of fault that an exit code means; `None` if hone never ends with it.
+/// Returns the kind of fault that an exit code means; `None` if hone never ends with it.
 pub fn kind_of(code: i32) -> Option<Kind> {
     Kind::ALL.into_iter().find(|kind| i32::from(kind.exit_code()) == code)
 }
@@ -183,7 +183,7 @@ fn nonce() -> io::Result<[u8; NONCE_BYTES]> {
     Ok(bytes)
 }
 
-/// A text that nobody can guess, for the ranks of one run.
+/// Returns a text that nobody can guess, for the ranks of one run.
 pub fn token() -> io::Result<String> {
     Ok(nonce()?.iter().map(|byte| format!("{byte:02x}")).collect())
 }
@@ -211,7 +211,7 @@ mod tests {
         }
     }
 
-    /// Whoever gives back what it gets proves nothing.
+    /// A caller that only returns the received bytes proves nothing.
     #[test]
     fn an_echo_is_no_rank() {
         let (mut caller, mut echo) = UnixStream::pair().unwrap();

@@ -1,8 +1,8 @@
 //! A machine with several devices -> one process for each, watched until all have ended.
 //!
-//! The process that `hone run` begins as starts this program again, once for each rank, passes signals on, and ends
-//! with the code of the rank that failed first. It trains nothing and opens no device. If it is killed, the kernel
-//! kills the ranks, so that no orphan holds a GPU.
+//! The first process of `hone run` starts this program again, once for each rank. It passes signals on, and ends with
+//! the code of the rank that failed first. It trains nothing and opens no device. If it is killed, the kernel kills the
+//! ranks, so that no orphan holds a GPU.
 
 use std::ffi::OsString;
 use std::net::TcpListener;
@@ -66,10 +66,10 @@ pub struct Crew {
 }
 
 impl Crew {
-    /// The ranks that this process has to start; `None` if it trains by itself.
+    /// Returns the ranks that this process has to start; `None` if it trains by itself.
     ///
     /// # Errors
-    /// Config: GPUs or ranks that cannot be had. Device: GPUs that the driver does not show.
+    /// Config: GPUs or ranks that are not available. Device: GPUs that the driver does not show.
     pub fn of(found: &Found, wish: &Wish) -> Result<Option<Crew>> {
         Crew::with(found, wish, &device::usable_gpus)
     }
@@ -92,7 +92,7 @@ impl Crew {
         Ok((world > 1).then_some(Crew { places, meeting, on_cpu }))
     }
 
-    /// A sentence about the ranks, for the log.
+    /// Returns a sentence about the ranks, for the log.
     pub fn shown(&self) -> String {
         let (here, world) = (self.places.len(), self.places[0].world);
         let what = if self.on_cpu { "this CPU" } else { "one GPU each" };
@@ -104,7 +104,7 @@ impl Crew {
 }
 
 impl Wish {
-    /// The number of ranks on this machine, and whether they compute on its CPU.
+    /// Returns the number of ranks on this machine, and whether they compute on its CPU.
     fn ranks_here(&self, gpus: &dyn Fn() -> usize) -> Result<(usize, bool)> {
         match self.device {
             Choice::Cpu => return Ok((self.ranks_on_cpu()?, true)),
@@ -146,7 +146,7 @@ impl Wish {
     }
 }
 
-/// How the ranks ended.
+/// The end of the ranks.
 #[derive(Debug)]
 pub struct Ended {
     /// The reason why the first of them failed; `None` if all succeeded.
@@ -175,7 +175,7 @@ pub fn run(crew: &Crew, arguments: &[OsString], environment: Environment) -> Res
     team.wait()
 }
 
-/// The socket of rank 0, if it is on this machine, and where all meet.
+/// Returns the socket of rank 0, if it is on this machine, and where all meet.
 fn open(crew: &Crew, environment: Environment) -> Result<(Option<TcpListener>, Meeting)> {
     let failed = |port: u16, error: std::io::Error| {
         Fault::new(Kind::Device, format!("rank 0 cannot listen on port {port}: {error}"))
@@ -300,7 +300,8 @@ impl Team {
         }
     }
 
-    /// The result: that of rank 0 if it ended by itself, since it knows the reason, or else of the first that failed.
+    /// Returns the result: that of rank 0 if it ended by itself, since it knows the reason, or else of the first that
+    /// failed.
     fn ended(&self, first: Option<usize>) -> Ended {
         let Some(first) = first else { return Ended { fault: None, told: true } };
         let leader = self.members.iter().find(|member| member.place.leads());
@@ -310,7 +311,7 @@ impl Team {
         }
         let Member { place, status, .. } = &self.members[first];
         let fault = status.and_then(fault_of).expect("it failed");
-        // A rank that ended by itself has said why, or rank 0 on another machine has.
+        // A rank that ended by itself has reported the reason, or rank 0 on another machine has.
         let told = status.is_some_and(|status| status.code().is_some());
         let fault = meet::of_rank(&format!("rank {} of {}", place.rank, place.world), fault);
         Ended { fault: Some(fault), told }
@@ -318,14 +319,14 @@ impl Team {
 }
 
 impl Drop for Team {
-    /// Nothing stays behind if this process cannot go on.
+    /// Kills the ranks if this process cannot go on.
     fn drop(&mut self) {
         self.signal(libc::SIGKILL);
         self.members.iter_mut().for_each(|member| drop(member.child.wait()));
     }
 }
 
-/// The reason for which a process ended; `None` if it succeeded.
+/// Returns the reason for which a process ended; `None` if it succeeded.
 fn fault_of(status: ExitStatus) -> Option<Fault> {
     let fault = match (status.code(), status.signal()) {
         (Some(0), _) => return None,

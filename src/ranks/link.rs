@@ -1,8 +1,8 @@
 //! Connections to the other ranks -> exchanges, sums, and one end for all.
 //!
 //! Every rank has one connection to rank 0. Calls of a `Collective` go over it, and beats, by which each side knows
-//! that the other is alive. A rank that fails says why, then rank 0 ends all ranks with that fault. A rank that is
-//! silent, whose connection closes, or that does not come to a call, ends all ranks too. Only rank 0 reports the
+//! that the other is alive. A rank that fails sends its fault, then rank 0 ends all ranks with that fault. A rank that
+//! is silent, whose connection closes, or that does not make a call, ends all ranks too. Only rank 0 reports the
 //! reason.
 
 use std::collections::VecDeque;
@@ -27,17 +27,17 @@ use crate::ranks::{Collective, Place, check_gather, check_sum};
 /// Time between two looks of the thread that watches the others.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 const BEAT_INTERVAL: Duration = Duration::from_secs(2);
-/// Time that the process that started a rank has to say why its connection closed; and that rank 0 has to find by
-/// itself the fault that another rank told.
+/// The time for the process that started a rank to report why the rank's connection closed. Rank 0 has the same time to
+/// find by itself a fault that another rank reported.
 const REASON_MAX: Duration = Duration::from_secs(1);
 /// Time that rank 0 has to write a checkpoint after another rank stopped for a signal.
 const STOP_MAX: Duration = Duration::from_secs(60);
 /// Time that a rank has to leave what it does after the end of all. Then the process is ended.
 const LEAVE_MAX: Duration = Duration::from_secs(10);
-/// Time that ranks which leave wait for the others to have read their last words.
+/// Time that ranks which leave wait for the others to have read their last frames.
 const FAREWELL_MAX: Duration = Duration::from_secs(5);
 
-/// Whether rank 0 knows why this rank ends, so that this one need not say it.
+/// Whether rank 0 knows why this rank ends, so that this rank need not report it.
 static TOLD: AtomicBool = AtomicBool::new(false);
 
 /// Whether the process that started this rank also started rank 0, and so reports its end.
@@ -61,7 +61,7 @@ enum Call {
 impl Call {
     const ALL: [Call; 4] = [Call::Sum, Call::Gather, Call::Exchange, Call::Broadcast];
 
-    /// The number in the frame: which call it is since the start, and of which kind.
+    /// Returns the number in the frame: which call it is since the start, and of which kind.
     fn number(self, count: u64) -> u64 {
         count << 2 | self as u64
     }
@@ -114,7 +114,7 @@ struct Peer {
 struct State {
     /// The fault that all ranks end with, and when it was known.
     end: Option<(Fault, Instant)>,
-    /// Rank 0 said why all ranks end, or was told by this one.
+    /// Whether rank 0 has sent the reason why all ranks end, or received it from this one.
     told: bool,
     /// This rank's work has ended.
     left: bool,
@@ -126,11 +126,11 @@ struct State {
     expects_progress: bool,
     /// Each rank works on something else than the others.
     apart: bool,
-    /// Since when this rank waits in a call.
+    /// The time since which this rank waits in a call.
     waits: Option<Instant>,
     /// This rank's calls so far.
     calls: u64,
-    /// Since when the others wait for this rank.
+    /// The time since which the others wait for this rank.
     lags: Option<Instant>,
     /// The tick of the slowest device, and since when.
     slowest: Option<(u64, Instant)>,
@@ -146,13 +146,13 @@ struct Known {
     calls: u64,
     /// The tick of its device.
     tick: u64,
-    /// Since when the others wait for the rank.
+    /// The time since which the others wait for the rank.
     lags: Option<Instant>,
     /// The time at which the connection closed.
     lost: Option<Instant>,
-    /// The reason why the rank failed, as it said itself, and when.
+    /// The fault that the rank itself reported, and when.
     failed: Option<(Fault, Instant)>,
-    /// The reason why the rank ended, as the process says that started it.
+    /// The reason why the rank ended, as the process that started it reported.
     ended: Option<Fault>,
 }
 
@@ -164,7 +164,7 @@ impl Link {
     pub fn join(seat: &Seat, environment: Environment) -> Result<Link> {
         let limits = Limits::read(environment)?;
         let met = meet::meet(seat, &limits, environment)?;
-        // The process that started rank 0 on this machine tells how it was killed.
+        // The process that started rank 0 on this machine reports how it was killed.
         let has_parent = environment(meet::PARENT).is_some();
         PARENT_TELLS.store(has_parent && seat.place.rank == seat.place.local_rank, Ordering::SeqCst);
         Link::over(seat.place, limits, met)
@@ -210,18 +210,18 @@ impl Link {
         Ok(Link { shared, sums: Mutex::new(Sums { begin, under_way: VecDeque::new() }) })
     }
 
-    /// Says whether ranks must make progress from now on: one that others wait for, and that neither comes to their
-    /// call nor calls `progressed` for `Limits::hang`, ends all of them.
+    /// Sets whether ranks must make progress from now on. If so, a rank that others wait for, and that makes no call
+    /// and does not call `progressed` for `Limits::hang`, ends all of them.
     pub fn expects_progress(&self, expects: bool) {
         self.shared.lock().expects_progress = expects;
     }
 
-    /// Says that this rank made progress, so that the time for which the others have waited for it begins again.
+    /// Reports that this rank made progress, so that the time for which the others have waited for it begins again.
     pub fn progressed(&self) {
         self.shared.progressed();
     }
 
-    /// Training is over. Rank 0 continues alone, and the end of another rank changes nothing.
+    /// Marks the training as over. Rank 0 continues alone, and the end of another rank changes nothing.
     ///
     /// # Errors
     /// The fault that ended the ranks before.
@@ -231,7 +231,7 @@ impl Link {
         state.end.as_ref().map_or(Ok(()), |(fault, _)| Err(fault.clone()))
     }
 
-    /// Says whether each rank works on a part of its own from now on, or on the same as all. In the second case, a rank
+    /// Sets whether each rank works on a part of its own from now on, or on the same as all. In the second case, a rank
     /// that refuses what rank 0 accepts has other inputs.
     pub fn works_apart(&self, apart: bool) {
         self.shared.lock().apart = apart;
@@ -254,7 +254,7 @@ impl Link {
         }
     }
 
-    /// A call of this thread, behind all sums that were begun.
+    /// Makes a call from this thread, after all sums that were begun.
     fn call(
         &self,
         call: Call,
@@ -281,7 +281,7 @@ impl Collective for Link {
         self.summed()
     }
 
-    /// The values are read now and written by `summed`: no other thread touches the tensor.
+    /// Begins a sum. The values are read now and written by `summed`, so that no other thread touches the tensor.
     fn begin_sum(&self, values: &Tensor) -> Result<()> {
         check_sum(values)?;
         let (to, result) = channel();
@@ -348,7 +348,7 @@ fn floats(bytes: &[u8]) -> impl Iterator<Item = f32> {
     bytes.chunks_exact(4).map(|value| f32::from_le_bytes(value.try_into().expect("four bytes")))
 }
 
-/// The sum in f64, in the order of ranks, rounded once.
+/// Returns the sum in f64, in the order of ranks, rounded once.
 fn summed(parts: &[&[u8]]) -> Vec<u8> {
     let mut total: Vec<f64> = floats(parts[0]).map(f64::from).collect();
     for part in &parts[1..] {
@@ -357,7 +357,7 @@ fn summed(parts: &[&[u8]]) -> Vec<u8> {
     total.iter().flat_map(|value| (*value as f32).to_le_bytes()).collect()
 }
 
-/// Texts one after the other, each behind its length.
+/// Returns texts one after the other, each behind its length.
 fn packed(parts: &[&[u8]]) -> Vec<u8> {
     parts.iter().flat_map(|part| [(part.len() as u64).to_le_bytes().as_slice(), part].concat()).collect()
 }
@@ -378,7 +378,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// One call: rank 0 makes an answer of all parts, by rank, and every rank gets it.
+    /// Makes one call: rank 0 makes an answer of all parts, by rank, and every rank gets it.
     fn call(
         &self,
         call: Call,
@@ -400,7 +400,7 @@ impl Shared {
         ended
     }
 
-    /// Rank 0's side of a call.
+    /// Does rank 0's side of a call.
     fn answer(
         &self,
         number: u64,
@@ -439,13 +439,13 @@ impl Shared {
         )))
     }
 
-    /// The other ranks' side.
+    /// Does the other ranks' side of a call.
     fn ask(&self, number: u64, part: &[u8]) -> Result<Vec<u8>> {
         self.send(&self.peers[0], What::Call, number, part)?;
         self.next(0).map(|frame| frame.body)
     }
 
-    /// The next frame of a peer, or the end of all.
+    /// Returns the next frame of a peer, or the end of all.
     fn next(&self, index: usize) -> Result<Frame> {
         let mut state = self.lock();
         loop {
@@ -476,7 +476,7 @@ impl Shared {
         Err(state.end.as_ref().map_or_else(lost, |(fault, _)| fault.clone()))
     }
 
-    /// Reads what a peer sends, until its connection closes.
+    /// Reads the frames of a peer until its connection closes.
     fn read(&self, index: usize) {
         let peer = &self.peers[index];
         let mut stream = Heard { stream: &peer.stream, at: &peer.heard, began: self.began };
@@ -532,7 +532,7 @@ impl Shared {
         }
     }
 
-    /// Rank 0 alone counts the time for which ranks keep the others waiting.
+    /// Reports progress to rank 0, which alone counts the time for which ranks keep the others waiting.
     fn progressed(&self) {
         match self.place.leads() {
             true => self.lock().lags = None,
@@ -554,7 +554,7 @@ impl Shared {
         }
     }
 
-    /// A reason to end all ranks.
+    /// Returns a reason to end all ranks.
     fn look(&self, state: &mut State) -> Option<Fault> {
         if state.end.is_some() || state.left || state.done || (state.over && self.place.leads()) {
             return None;
@@ -581,7 +581,7 @@ impl Shared {
         self.devices_hang(state)
     }
 
-    /// A device that the others' devices wait for. Their hosts wait too, so that no call shows it.
+    /// Returns a device that the others' devices wait for. Their hosts wait too, so that no call shows it.
     fn devices_hang(&self, state: &mut State) -> Option<Fault> {
         if !self.place.leads() {
             return None;
@@ -606,7 +606,8 @@ impl Shared {
         })
     }
 
-    /// A rank said why it fails. Ranks that fail together, each with the same reason, leave it to rank 0 to say so.
+    /// Returns the fault of a rank that reported why it fails. If ranks fail together with the same reason, rank 0
+    /// reports it.
     fn failed(
         &self,
         peer: &Peer,
@@ -618,8 +619,8 @@ impl Shared {
         let (fault, at) = known.failed.as_ref()?;
         let signal = matches!(fault.kind, Kind::Interrupted | Kind::InterruptedUnsaved);
         let refuses = !apart && matches!(fault.kind, Kind::Config | Kind::Data | Kind::Model);
-        // After a signal rank 0 may still write the checkpoint that all agreed on, unless it waits for the others. What
-        // a rank refuses, rank 0 may soon refuse too.
+        // After a signal rank 0 may still write the checkpoint that all agreed on, unless it waits for the others. If a
+        // rank refuses something, rank 0 may soon refuse it too.
         let longest = if (signal || refuses) && waits.is_none() { STOP_MAX } else { REASON_MAX };
         (at.elapsed() >= longest).then(|| match refuses && waits.is_some() && calls > known.calls {
             true => refused_by_one(&peer.name, fault.clone()),
@@ -697,7 +698,7 @@ impl Shared {
         }
     }
 
-    /// Says a last thing to every other rank.
+    /// Sends a last frame to every other rank.
     fn tell_all(&self, frame: &Frame) {
         for peer in &self.peers {
             let until = Instant::now() + REASON_MAX;
@@ -728,7 +729,7 @@ impl Shared {
         }
     }
 
-    /// Rank 0 ends: the others are told, and have read it when their connections close.
+    /// Ends rank 0: sends the end to the others, who have read it when their connections close.
     fn leave_first(&self, fault: Option<Fault>) -> Option<Fault> {
         match fault {
             Some(fault) => self.end(fault),
@@ -741,7 +742,7 @@ impl Shared {
         self.lock().end.as_ref().map(|(fault, _)| fault.clone())
     }
 
-    /// Another rank ends: after a fault of its own when rank 0 knows it, and else when rank 0 ends.
+    /// Ends another rank: after its own fault once rank 0 has received it, otherwise when rank 0 ends.
     fn leave_other(&self, fault: Option<Fault>) -> Option<Fault> {
         let first = &self.peers[0];
         let ended = |state: &State| state.end.is_some() || state.done;
@@ -765,7 +766,7 @@ impl Shared {
         Some(told(&self.lock()).unwrap_or(fault))
     }
 
-    /// Waits until something is so, for at most so long.
+    /// Waits until `is_so` holds, for at most `longest`.
     fn wait(&self, longest: Duration, is_so: impl Fn(&State) -> bool) {
         let began = Instant::now();
         let mut state = self.lock();
@@ -777,7 +778,7 @@ impl Shared {
 }
 
 impl Drop for Link {
-    /// A rank that panics leaves with that.
+    /// Leaves with a fault if the rank panics.
     fn drop(&mut self) {
         if !self.shared.lock().left {
             let _ = self.leave::<()>(Err(Fault::internal("hone failed: see the panic message of this rank")));
@@ -785,7 +786,7 @@ impl Drop for Link {
     }
 }
 
-/// The fault of a rank that refuses what rank 0 has accepted: their inputs differ, so that a retry can help.
+/// Returns the fault of a rank that refuses what rank 0 has accepted: their inputs differ, so that a retry can help.
 fn refused_by_one(name: &str, fault: Fault) -> Fault {
     let refused = fault.kind.name();
     let fault = Fault { kind: Kind::Device, ..fault }.at(name);
@@ -823,7 +824,7 @@ mod tests {
 
     fn seat(rank: usize, world: usize, token: &str) -> Seat {
         let place = Place { rank, world, local_rank: rank, local_world: world };
-        // Tests run beside each other: the token tells their ranks apart, and one of the ports is free.
+        // Tests run beside each other. The token identifies the ranks of a test, and one of the ports is free.
         let meeting =
             Meeting { host: "127.0.0.1".into(), ports: (42_110..42_174).collect(), token: token.into() };
         Seat { place, meeting }
@@ -872,7 +873,7 @@ mod tests {
         assert!(all.iter().all(|found| *found == expected), "{all:?}");
     }
 
-    /// The faults of all ranks if rank 1 fails while the others go on to a call.
+    /// Returns the faults of all ranks if rank 1 fails while the others go on to a call.
     fn failing(token: &str, fault: &Fault, apart: bool) -> Vec<Fault> {
         ranks(3, token, LIMITS, |link| {
             link.works_apart(apart);
@@ -886,7 +887,8 @@ mod tests {
 
     #[test]
     fn a_failing_rank_ends_all_with_its_reason() {
-        // Somebody must act, whatever the others found; and a part of the data that no other rank has looked at.
+        // A fault after which somebody must act, with any finding of the others, and a fault in a part of the data that
+        // no other rank has read.
         for (fault, apart) in [(Fault::new(Kind::Auth, "row 7"), false), (Fault::data("row 7"), true)] {
             let all = failing(&format!("failing {apart}"), &fault.clone().help("look"), apart);
             for found in &all {

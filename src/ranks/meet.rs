@@ -1,7 +1,7 @@
 //! A seat -> a connection between rank 0 and every other rank, each of which has proved that it belongs to the run.
 //!
-//! Rank 0 listens, the others call, and all go on when the last one is there. Rank 0 listens until the end: whoever
-//! started a rank tells there why it ended.
+//! Rank 0 listens, the others call, and all go on when the last one is there. Rank 0 listens until the end, because the
+//! process that started a rank reports there why the rank ended.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
@@ -67,7 +67,7 @@ impl Limits {
     }
 }
 
-/// A rank's words about itself.
+/// A rank's description of itself.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Hello {
     rank: usize,
@@ -84,7 +84,7 @@ impl Hello {
         Hello { rank, world, local_rank, local_world, host: host(), process: std::process::id() }
     }
 
-    /// The rank in messages.
+    /// Returns the rank in messages.
     pub fn name(&self) -> String {
         format!("rank {} of {} ({}, process {})", self.rank, self.world, self.host, self.process)
     }
@@ -105,7 +105,7 @@ pub struct Greeting {
 }
 
 impl Greeting {
-    /// The rank that ended, and why, if the caller is the process that started it.
+    /// Returns the rank that ended, and why, if the caller is the process that started it.
     pub fn ended(&self) -> Option<(usize, Fault)> {
         (self.frame.what == What::Ended).then(|| (self.frame.number as usize, self.frame.fault()))
     }
@@ -122,8 +122,8 @@ pub struct Met {
 /// Meets the other ranks.
 ///
 /// # Errors
-/// Device: they were started with another number of ranks, or do not come in time. Interrupted: a signal came first.
-/// And the fault of a rank that ended before.
+/// Device: they were started with another number of ranks, or do not come in time. Interrupted: a signal came first. If
+/// a rank ended before, its fault.
 pub fn meet(seat: &Seat, limits: &Limits, environment: Environment) -> Result<Met> {
     match seat.place.leads() {
         true => take_all(seat, limits, listener(&seat.meeting, environment)?),
@@ -131,7 +131,7 @@ pub fn meet(seat: &Seat, limits: &Limits, environment: Environment) -> Result<Me
     }
 }
 
-/// The socket that rank 0 listens on: the launcher's, or the first free port.
+/// Returns the socket that rank 0 listens on: the launcher's, or the first free port.
 fn listener(meeting: &Meeting, environment: Environment) -> Result<TcpListener> {
     let failed = |error: io::Error| {
         Fault::new(Kind::Device, format!("rank 0 cannot listen on port {:?}: {error}", meeting.ports))
@@ -153,7 +153,7 @@ fn listener(meeting: &Meeting, environment: Environment) -> Result<TcpListener> 
     Err(failed(last))
 }
 
-/// `listen` on the only port that is named. A rank 0 that was killed may still hold it for a moment.
+/// Does `listen` on the only port that is named. A rank 0 that was killed may still hold it for a moment.
 pub fn listen_soon(host: &str, port: u16) -> io::Result<TcpListener> {
     let until = Instant::now() + PORT_MAX;
     loop {
@@ -252,7 +252,7 @@ fn late(what: &str, limits: &Limits) -> Fault {
     )
 }
 
-/// A caller that belongs to the run; another one is told why it does not.
+/// Returns a caller that belongs to the run. Another caller receives the reason why it does not.
 fn admit(greeting: Greeting, place: Place) -> Result<(Hello, TcpStream)> {
     let Greeting { frame, mut stream } = greeting;
     match hello(&frame, place) {
@@ -381,7 +381,7 @@ fn call(seat: &Seat, limits: &Limits) -> Result<Met> {
     }
 }
 
-/// A connection to rank 0 of this run, with its first frame sent.
+/// Returns a connection to rank 0 of this run, with its first frame sent.
 fn reach(meeting: &Meeting, first: &Frame) -> io::Result<TcpStream> {
     let mut last = io::Error::other("no port is named");
     for &port in &meeting.ports {
@@ -440,8 +440,8 @@ pub fn tell_end(meeting: &Meeting, rank: usize, fault: &Fault) {
     let _ = reach(meeting, &Frame::of(What::Ended, rank as u64, fault));
 }
 
-/// A rank's fault as the fault of the run. It keeps its kind if somebody must act or a signal came; any other end of a
-/// rank is that of a device, after which a retry can help.
+/// Returns a rank's fault as the fault of the run. It keeps its kind if somebody must act or a signal came; any other
+/// end of a rank is that of a device, after which a retry can help.
 pub fn of_rank(name: &str, fault: Fault) -> Fault {
     let keeps =
         !fault.kind.retry_helps() || matches!(fault.kind, Kind::Interrupted | Kind::InterruptedUnsaved);

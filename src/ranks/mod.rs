@@ -40,10 +40,10 @@ impl Place {
     }
 }
 
-/// What the ranks of a run do together. Every rank makes the same calls in the same order; a rank that fails or is
-/// silent makes every call an error.
+/// The calls that the ranks of a run make together. Every rank makes the same calls in the same order; a rank that
+/// fails or is silent makes every call an error.
 pub trait Collective: Send + Sync {
-    /// The place of this process.
+    /// Returns the place of this process.
     fn place(&self) -> Place;
 
     /// Sums a flat f32 tensor over all ranks, in place, on its device. The result has the same bits on every rank.
@@ -55,7 +55,7 @@ pub trait Collective: Send + Sync {
         self.sum(flat)
     }
 
-    /// The sums that were begun are complete for all work queued from here on. A device's host does not wait for them.
+    /// Completes the sums that were begun, for all work queued from here on. A device's host does not wait for them.
     fn summed(&self) -> Result<()> {
         Ok(())
     }
@@ -70,21 +70,22 @@ pub trait Collective: Send + Sync {
         Ok(())
     }
 
-    /// Every rank's bytes, by rank. They lie in host memory and are few.
+    /// Returns every rank's bytes, by rank. They lie in host memory and are few.
     fn exchange(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>>;
 
-    /// The bytes of rank 0; the others' argument is ignored.
+    /// Returns the bytes of rank 0; the others' argument is ignored.
     fn broadcast(&self, bytes: &[u8]) -> Result<Vec<u8>>;
 
     /// Tells the other ranks how far this rank's device has come: twice the number of sums and gatherings that it has
     /// completed, and one more while it is in one. The device may hang although its host continues.
     fn device_is_at(&self, _tick: u64) {}
 
-    /// This rank ends with a fault, whatever call the others are in; they end with it too. A rank of several processes
-    /// says it when it leaves (`link`).
+    /// Ends this rank with a fault; the others end with it too, in whichever call they are. A rank of several processes
+    /// sends it when it leaves (`link`).
     fn fails(&self, _fault: &Fault) {}
 
-    /// The fault that ended the ranks, if one did. What a device computed with them since then counts for nothing.
+    /// Returns the fault that ended the ranks, if one did. Results that a device computed with them since then are not
+    /// valid.
     fn ended(&self) -> Option<Fault> {
         None
     }

@@ -1,10 +1,9 @@
-//! GPUs of several ranks -> sums and gatherings by NCCL. Bytes of the host go another way, which another `Collective`
-//! knows.
+//! GPUs of several ranks -> sums and gatherings by NCCL. Bytes of the host go through another `Collective`.
 //!
 //! libnccl.so.2 is opened when it is needed, so that a program without it trains on one GPU. Calls are queued on a
 //! second stream, so that a sum runs while the device computes, and the host waits for none. A thread watches the
-//! communicator: if another rank is lost, it aborts what the device waits for, and every later call is a fault. It also
-//! looks how far the device has come and tells the other ranks, because a device may hang while its host goes on.
+//! communicator: if another rank is lost, it aborts the call that the device waits for, and every later call is a
+//! fault. It also reports the device's progress to the other ranks, because a device may hang while its host goes on.
 
 use std::collections::VecDeque;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
@@ -109,7 +108,7 @@ library! {
 }
 
 impl Library {
-    /// The library of this process, opened at the first call.
+    /// Returns the library of this process, opened at the first call.
     fn get() -> Result<&'static Library> {
         static LIBRARY: OnceLock<std::result::Result<Library, Fault>> = OnceLock::new();
         LIBRARY.get_or_init(Library::open).as_ref().map_err(Fault::clone)
@@ -138,7 +137,7 @@ impl Library {
         }
     }
 
-    /// The meaning of a code, with NCCL's text of its last error.
+    /// Returns the meaning of a code, with NCCL's text of its last error.
     fn text(&self, code: c_int, communicator: Communicator) -> String {
         // SAFETY: both functions return a text that stays as it is, or null.
         let texts = unsafe { [(self.error_text)(code), (self.last_error)(communicator)] };
@@ -151,8 +150,8 @@ impl Library {
     }
 }
 
-/// The places where the library is looked for, in this order: the folders of HONE_CUDA_LIBS, those of the system, the
-/// package that pip installs in a virtual environment, and CUDA's own folder.
+/// Returns the places where the library is looked for, in this order: the folders of HONE_CUDA_LIBS, those of the
+/// system, the package that pip installs in a virtual environment, and CUDA's own folder.
 fn places() -> Vec<PathBuf> {
     let named = std::env::var_os("HONE_CUDA_LIBS").unwrap_or_default();
     let named = std::env::split_paths(&named).map(|folder| folder.join(FILE)).collect::<Vec<_>>();
@@ -254,7 +253,7 @@ impl Nccl {
             .map_err(|error| Fault::machine("start a thread", &error))?;
         let side = Side::new(device.as_cuda_device()?, 2)?;
         let ranks = Nccl { host, device: device.clone(), side, shared };
-        // NCCL takes the device's memory for its buffers in the first calls, and the memory plan must see what is left.
+        // NCCL takes the device's memory for its buffers in the first calls, and the memory plan must see the rest.
         for values in [1, 1 << 20] {
             ranks.sum(&Tensor::zeros(values, DType::F32, device)?)?;
         }
@@ -309,7 +308,7 @@ impl Nccl {
 }
 
 impl Library {
-    /// The state of a communicator: success, in progress, or an error.
+    /// Returns the state of a communicator: success, in progress, or an error.
     fn state_of(&self, communicator: Communicator) -> c_int {
         let mut state = SUCCESS;
         // SAFETY: the communicator is neither aborted nor destroyed, and the pointer is to one number.
@@ -319,7 +318,7 @@ impl Library {
 }
 
 impl State {
-    /// The tick of the device (`Collective::device_is_at`).
+    /// Returns the tick of the device (`Collective::device_is_at`).
     fn tick(&mut self) -> u64 {
         while self.queued.front().is_some_and(|first| first.ends.is_complete()) {
             self.queued.pop_front();
@@ -362,7 +361,7 @@ impl Shared {
         self.abort(&mut state, fault);
     }
 
-    /// Ends what the device waits for. The first reason counts, and is known before the device goes on.
+    /// Aborts the calls that the device waits for. The first reason counts, and is known before the device goes on.
     fn abort(&self, state: &mut State, fault: Fault) {
         state.fault.get_or_insert_with(|| (fault, Instant::now()));
         if let Some(handle) = state.communicator.take() {
@@ -524,7 +523,8 @@ mod tests {
         .unwrap();
     }
 
-    /// The content of a tensor of eight ones after the ranks added up its second half beside other work on the first.
+    /// Returns the content of a tensor of eight ones after the ranks added up its second half beside other work on the
+    /// first.
     fn summed_in_part(ranks: Threads, device: &Device, omitted: Option<side::Omitted>) -> Vec<f32> {
         let ranks = Nccl::over(Arc::new(ranks), device).unwrap();
         let put = |values: [f32; 4]| Tensor::new(&values, device).unwrap();

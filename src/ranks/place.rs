@@ -1,4 +1,4 @@
-//! The environment -> the place of this process among those that train together, whoever started it.
+//! The environment -> the place of this process among those that train together, for every launcher.
 //!
 //! The first set of variables that is there decides: hone's own, those of torchrun (also `accelerate launch` and
 //! PyTorchJob), those of a TrainJob (`PET_*`), and those of an Indexed Job. A set that is there in part is refused,
@@ -22,18 +22,18 @@ const NUMBER_MAX: usize = 1 << 16;
 /// The place of this process by its environment.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Found {
-    /// It trains by itself, unless it starts ranks on its own machine.
+    /// The process trains by itself, unless it starts ranks on its own machine.
     Alone,
-    /// It is one rank; somebody else started the others.
+    /// The process is one rank; somebody else started the others.
     Rank(Seat),
-    /// It is the only process on its machine, of which there are several, and starts the ranks of this one.
+    /// The process is the only one on its machine. There are several machines, and it starts the ranks of this one.
     Node(Node),
 }
 
-/// A rank and where it meets the others.
+/// A rank, and the address at which it meets the others.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Seat {
-    /// Its place.
+    /// The rank's place.
     pub place: Place,
     /// The address at which the ranks meet.
     pub meeting: Meeting,
@@ -100,7 +100,7 @@ pub fn find(environment: Environment) -> Result<Found> {
     let rank = |names: &Names| set(names.rank) || set(names.world);
     let found = match () {
         () if rank(&OWN) => seat(&OWN, environment)?,
-        // PyTorchJob numbers its pods in RANK. If they have several processes each, PET_* tells more.
+        // PyTorchJob numbers its pods in RANK. If they have several processes each, PET_* has more information.
         () if rank(&TORCH) && (set(TORCH.local_rank) || !set("PET_NNODES")) => seat(&TORCH, environment)?,
         () if set("PET_NNODES") || set("PET_NODE_RANK") => of_train_job(environment)?,
         () if set("HONE_NODES") => of_indexed_job(environment)?,
@@ -136,7 +136,8 @@ fn seat(names: &Names, environment: Environment) -> Result<Found> {
     Ok(Found::Rank(Seat { place, meeting: reader.meeting(host, names.port, world)? }))
 }
 
-/// A TrainJob of Kubeflow Trainer gives its pods what torchrun would read, and hone stands in torchrun's place.
+/// Reads the place from a TrainJob of Kubeflow Trainer, which sets the variables that torchrun would read. hone
+/// replaces torchrun.
 fn of_train_job(environment: Environment) -> Result<Found> {
     let nodes = Reader { environment, reason: "PET_NODE_RANK" }.number("PET_NNODES")?;
     let reader = Reader { environment, reason: "PET_NNODES" };
@@ -153,7 +154,7 @@ fn of_train_job(environment: Environment) -> Result<Found> {
     Ok(Found::Node(Node { node, nodes, ranks: ranks_on_node(environment)?, meeting }))
 }
 
-/// The address at which the ranks of one machine meet.
+/// Returns the address at which the ranks of one machine meet.
 fn loopback(environment: Environment) -> Meeting {
     let token = value(environment, "HONE_RANKS_TOKEN").unwrap_or_default();
     Meeting { host: "127.0.0.1".into(), ports: vec![0], token }
@@ -188,7 +189,7 @@ fn node_below(name: &str, node: usize, nodes: usize) -> Result<()> {
     }
 }
 
-/// A variable that is set; an empty one is not.
+/// Returns a variable that is set; an empty one is not.
 fn value(environment: Environment, name: &str) -> Option<String> {
     environment(name).map(|text| text.trim().to_owned()).filter(|text| !text.is_empty())
 }
@@ -233,7 +234,7 @@ impl Reader<'_> {
             () if store => behind(port),
             () => vec![port],
         };
-        // Without a token of their own, runs are told apart by what their launcher gives each of them.
+        // Without a token of their own, runs are distinguished by values that their launcher gives each of them.
         let token = get("HONE_RANKS_TOKEN").unwrap_or_else(|| {
             let parts = ["TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"]
                 .map(|name| get(name).unwrap_or_default());
@@ -251,7 +252,7 @@ fn behind(port: u16) -> Vec<u16> {
 }
 
 impl Seat {
-    /// The variables by which a rank finds this seat.
+    /// Returns the variables by which a rank finds this seat.
     pub fn variables(&self) -> Vec<(&'static str, String)> {
         let Place { rank, world, local_rank, local_world } = self.place;
         let numbers = [

@@ -44,7 +44,7 @@ struct Meeting {
 }
 
 impl Threads {
-    /// The ranks of a world of this size, one for each thread.
+    /// Returns the ranks of a world of this size, one for each thread.
     pub fn of(world: usize) -> Vec<Threads> {
         let meeting = Meeting {
             number: 0,
@@ -59,7 +59,7 @@ impl Threads {
         (0..world).map(rank).collect()
     }
 
-    /// This rank, which fails at its call number `call`, counted from 1.
+    /// Makes this rank fail at its call number `call`, counted from 1.
     pub fn dying_at(self, call: u64) -> Threads {
         // The value is moved field by field, since a `Threads` that is dropped is a rank that is gone.
         let gone = std::mem::ManuallyDrop::new(self);
@@ -121,7 +121,7 @@ impl Meeting {
 }
 
 impl Drop for Threads {
-    /// The other ranks' calls are errors from now on.
+    /// Makes the other ranks' calls errors from now on.
     fn drop(&mut self) {
         let rank = self.place.rank;
         self.lock().broken.get_or_insert_with(|| gone(rank));
@@ -129,7 +129,7 @@ impl Drop for Threads {
     }
 }
 
-/// The result of `work` on each rank, each on a thread of its own. A panic of one is a panic here.
+/// Returns the result of `work` on each rank, each on a thread of its own. A panic of one is a panic here.
 pub fn all<T: Send>(ranks: Vec<Threads>, work: impl Fn(Threads) -> T + Sync) -> Vec<T> {
     std::thread::scope(|scope| {
         let work = &work;

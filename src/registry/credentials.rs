@@ -50,7 +50,7 @@ pub(super) enum Login {
 }
 
 impl Login {
-    /// The texts that must never appear in a message.
+    /// Returns the texts that must never appear in a message.
     pub(super) fn secrets(&self) -> Vec<String> {
         match self {
             Login::Anonymous => Vec::new(),
@@ -105,7 +105,7 @@ fn from_environment(variable: &dyn Fn(&str) -> Option<OsString>) -> Result<Optio
     }
 }
 
-/// Existing files, in order of precedence.
+/// Returns existing files, in order of precedence.
 fn files(
     docker_config: Option<&Path>,
     variable: &dyn Fn(&str) -> Option<OsString>,
@@ -139,8 +139,8 @@ fn files(
     Ok(found)
 }
 
-/// A place's own file, then the files of `config.d` beside it or one folder further down, sorted. KAITO's puller
-/// mounts one for each pull secret of an input.
+/// Returns a place's own file, then the files of `config.d` beside it or one folder further down, sorted. KAITO's
+/// puller mounts one for each pull secret of an input.
 fn with_more(place: &Path) -> Vec<PathBuf> {
     let mut files: Vec<PathBuf> = in_place(place).into_iter().collect();
     for below in ["config.d/*.json", "config.d/*/*.json"] {
@@ -151,7 +151,7 @@ fn with_more(place: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// The file itself, or the file in this folder: docker's name, or the key of a Kubernetes pull secret.
+/// Returns the file itself, or the file in this folder: docker's name, or the key of a Kubernetes pull secret.
 fn in_place(place: &Path) -> Option<PathBuf> {
     [place.to_path_buf(), place.join("config.json"), place.join(".dockerconfigjson")]
         .into_iter()
@@ -168,7 +168,7 @@ struct ConfigFile {
     creds_store: Option<String>,
 }
 
-/// The login, and the name of the helper if one was asked.
+/// Returns the login, and the name of the helper if one was asked.
 fn from_file(path: &Path, reference: &Reference) -> Result<Option<(Login, String)>> {
     let config = read(path)?;
     let keys = keys(reference);
@@ -206,7 +206,7 @@ fn read(path: &Path) -> Result<ConfigFile> {
         .map_err(|error| wrong(format!("wrong JSON at line {}, column {}", error.line(), error.column())))
 }
 
-/// The names of a registry in these files, most specific first (podman adds repositories to the host).
+/// Returns the names of a registry in these files, most specific first (podman adds repositories to the host).
 fn keys(reference: &Reference) -> Vec<String> {
     let hosts: Vec<&str> = match reference.registry() {
         "docker.io" => vec!["index.docker.io", "docker.io", "registry-1.docker.io"],
@@ -232,7 +232,7 @@ fn keys(reference: &Reference) -> Vec<String> {
     keys
 }
 
-/// The server name that docker passes to a helper.
+/// Returns the server name that docker passes to a helper.
 fn server_name(reference: &Reference) -> String {
     match reference.registry() {
         "docker.io" => "https://index.docker.io/v1/".into(),
@@ -308,7 +308,7 @@ fn ask(mut program: Command, server: &str, timeout: Duration) -> std::result::Re
             ended => break ended,
         }
     };
-    // A helper that has answered may take a moment to end, but not for ever.
+    // A helper that has answered may take a moment to end, but not longer.
     let status = loop {
         match child.try_wait().map_err(|error| format!("could not be waited for: {error}"))? {
             Some(status) => break status,
@@ -359,7 +359,7 @@ mod tests {
         None
     }
 
-    /// The login found for an image in one configuration, as `username:password`.
+    /// Returns the login found for an image in one configuration, as `username:password`.
     fn login(config: Value, image: &str) -> Result<String> {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();

@@ -27,9 +27,9 @@ const BYTES_TYPE: &str = "application/octet-stream";
 
 /// Sends requests to a registry. It logs in on request, and again by itself when a token is about to expire.
 pub(super) struct Client {
-    /// For short requests: fails if the registry sends nothing for the read time-out.
+    /// The client for short requests. It fails if the registry sends nothing for the read time-out.
     quick: reqwest::Client,
-    /// For uploads: reqwest's read time-out would also run while a body is sent.
+    /// The client for uploads, without a read time-out: reqwest's would also run while a body is sent.
     patient: reqwest::Client,
     /// `scheme://host/v2/`
     base: Url,
@@ -40,7 +40,7 @@ pub(super) struct Client {
 }
 
 impl Client {
-    /// A client that is not logged in yet. `push`: whether to ask for the right to push.
+    /// Returns a client that is not logged in yet. `push`: whether to ask for the right to push.
     ///
     /// Config: the certificates or the host are unusable.
     pub(super) fn new(reference: &Reference, login: &Login, push: bool, options: &Options) -> Result<Client> {
@@ -92,8 +92,8 @@ impl Client {
         self.session.borrow().is_some()
     }
 
-    /// The texts that must never appear in a message. They include the token, and the header made of a password, in
-    /// case a registry quotes it.
+    /// Returns the texts that must never appear in a message. They include the token, and the header made of a
+    /// password, in case a registry quotes it.
     pub(super) fn secrets(&self) -> Vec<String> {
         let mut secrets = self.login.secrets();
         if let Login::Password { username, password } = &self.login {
@@ -230,7 +230,7 @@ impl Client {
         successful(request.send().await?).await
     }
 
-    /// The address of an answer's `Location`, relative or absolute. It may belong to a storage provider.
+    /// Returns the address of an answer's `Location`, relative or absolute. It may belong to a storage provider.
     fn location(&self, answer: &Response) -> Attempted<Url> {
         let text = answer.headers().get(LOCATION).and_then(|value| value.to_str().ok());
         let text = text.ok_or_else(|| Trouble::violation("the answer has no Location"))?;
@@ -251,7 +251,7 @@ fn next_url(asked: &Url, location: &str) -> Attempted<Url> {
     }
 }
 
-/// The last byte in `0-1023`; some registries write `bytes=0-1023`.
+/// Returns the last byte in `0-1023`; some registries write `bytes=0-1023`.
 fn last_byte(range: &str) -> Option<u64> {
     range.rsplit_once('-')?.1.trim().parse().ok()
 }

@@ -34,7 +34,7 @@ const WEIGHTS_FILE_BYTES_MAX: u64 = (8 << 30) - 1;
 pub struct ImageFacts {
     /// `sh.kaito.model.name`: KAITO's preset, as the user wrote it.
     pub model_name: String,
-    /// `hone.base-model`: where the frozen weights came from. `None`: `base_model_name_or_path` of the adapter.
+    /// `hone.base-model`: the source of the frozen weights. `None`: `base_model_name_or_path` of the adapter.
     pub base_model: Option<String>,
     /// `org.opencontainers.image.title`. `None`: a title made of the model's name.
     pub title: Option<String>,
@@ -91,12 +91,12 @@ impl Image {
         Ok(Image { layer, config, manifest, diff_id })
     }
 
-    /// Digest of the manifest, which identifies the image for good.
+    /// Returns the digest of the manifest, which identifies the image permanently.
     pub fn digest(&self) -> &str {
         &self.manifest.digest
     }
 
-    /// Size of everything that is copied.
+    /// Returns the size of everything that is copied.
     pub fn bytes(&self) -> u64 {
         self.layer.bytes + self.config.bytes + self.manifest.bytes
     }
@@ -159,12 +159,12 @@ impl<T> Hashing<T> {
         Hashing { inner, hash: Sha256::new(), bytes: 0 }
     }
 
-    /// Bytes so far.
+    /// Returns the number of bytes so far.
     pub(super) fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// The inner value, the digest, and the number of bytes.
+    /// Returns the inner value, the digest, and the number of bytes.
     pub(super) fn finish(self) -> (T, String, u64) {
         (self.inner, digest_text(self.hash.finalize().as_slice()), self.bytes)
     }
@@ -231,7 +231,7 @@ fn read_adapter_config(path: &Path) -> Result<serde_json::Value> {
     }
 }
 
-/// Checks that a safetensors file is complete: its header is JSON, and the last tensor ends where the file does.
+/// Checks that a safetensors file is complete: its header is JSON, and the last tensor ends at the file's end.
 fn check_weights(path: &Path) -> Result<()> {
     let mut file = open(path)?;
     let wrong = |what: String| {
@@ -277,9 +277,9 @@ fn open(path: &Path) -> Result<File> {
     })
 }
 
-/// The compressed layer, and the digest of its uncompressed bytes. The fastest level is used: normally distributed
-/// weights shrink to 0.930 (f32) or 0.803 (bf16) of their size at level 1, and to 0.928 or 0.795 at level 9 for
-/// several times the work.
+/// Returns the compressed layer, and the digest of its uncompressed bytes. The fastest level is used: normally
+/// distributed weights shrink to 0.930 (f32) or 0.803 (bf16) of their size at level 1, and to 0.928 or 0.795 at level 9
+/// for several times the work.
 fn write_layer(folder: &Path) -> Result<(Blob, String)> {
     let failed = |error: io::Error| Fault::storage("write the image layer beside", folder, &error);
     let gzip = flate2::GzBuilder::new()
@@ -311,8 +311,8 @@ fn append_file<W: Write>(tar: &mut tar::Builder<W>, folder: &Path, name: &str) -
     }
 }
 
-/// The tar header of an entry. Owner, mode and time are constants, so that two folders with equal files give equal
-/// layers.
+/// Returns the tar header of an entry. Owner, mode and time are constants, so that two folders with equal files give
+/// equal layers.
 fn header(path: &str, kind: tar::EntryType, bytes: u64) -> Result<tar::Header> {
     let mut header = tar::Header::new_ustar();
     header.set_path(path).map_err(|error| Fault::internal(format!("tar path {path}: {error}")))?;
@@ -326,7 +326,7 @@ fn header(path: &str, kind: tar::EntryType, bytes: u64) -> Result<tar::Header> {
     Ok(header)
 }
 
-/// A temporary file, beside the adapter if possible: that volume had room for the adapter, whereas /tmp may be
+/// Returns a temporary file, beside the adapter if possible: that volume had room for the adapter, whereas /tmp may be
 /// memory.
 pub(super) fn scratch_file(folder: &Path) -> Result<File> {
     tempfile::tempfile_in(folder)
@@ -334,8 +334,8 @@ pub(super) fn scratch_file(folder: &Path) -> Result<File> {
         .map_err(|error| Fault::storage("create a temporary file in", &std::env::temp_dir(), &error))
 }
 
-/// The time SOURCE_DATE_EPOCH (seconds since 1970; zero if it is not set) as RFC 3339. The current time would change
-/// the digest.
+/// Returns the time SOURCE_DATE_EPOCH (seconds since 1970; zero if it is not set) as RFC 3339. The current time would
+/// change the digest.
 fn created_at(source_date_epoch: Option<&str>) -> Result<String> {
     let text = source_date_epoch.unwrap_or("0");
     // LIMIT: the year 9999; RFC 3339 has four digits.

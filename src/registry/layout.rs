@@ -149,7 +149,7 @@ fn read_index(folder: &Path) -> Result<Option<Value>> {
     }
 }
 
-/// The index with the tag moved to the image. Entries of other tags stay as they are.
+/// Returns the index with the tag moved to the image. Entries of other tags stay as they are.
 fn with_tag(index: Option<Value>, image: &Image, tag: &str) -> Value {
     let mut index = index.unwrap_or_else(|| json!({ "schemaVersion": 2, "manifests": [] }));
     let manifests = index["manifests"].as_array_mut().expect("read_index lets only lists pass");

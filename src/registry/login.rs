@@ -82,7 +82,7 @@ pub(super) async fn log_in(
     }
 }
 
-/// The login without a token exchange.
+/// Returns the login without a token exchange.
 fn plain(login: &Login) -> RegistryAuth {
     match login {
         Login::Anonymous => RegistryAuth::Anonymous,
@@ -115,7 +115,7 @@ async fn exchange(http: &reqwest::Client, mut url: Url, token: &str) -> Result<S
     session(answer).await
 }
 
-/// The session of a token server's answer.
+/// Returns the session of a token server's answer.
 async fn session(answer: reqwest::Response) -> Result<Session, Trouble> {
     let answered = Instant::now();
     let answer = successful(answer).await.map_err(|trouble| match trouble.status {
@@ -136,13 +136,13 @@ async fn session(answer: reqwest::Response) -> Result<Session, Trouble> {
     }
 }
 
-/// The time that a token is used, from the lifetime in seconds that a token server states.
+/// Returns the time that a token is used, from the lifetime in seconds that a token server states.
 fn useful_for(expires_in: Option<u64>) -> Duration {
     expires_in.map_or(LIFETIME_MIN, Duration::from_secs).max(LIFETIME_MIN) - LIFETIME_MARGIN
 }
 
-/// The address of the token server that a registry names. If there is a credential (`secret`), it is sent to this
-/// server: over TLS, or, if the registry itself is used without TLS, only on the registry's own host. Metadata
+/// Returns the address of the token server that a registry names. If there is a credential (`secret`), it is sent to
+/// this server: over TLS, or, if the registry itself is used without TLS, only on the registry's own host. Metadata
 /// services are never asked.
 pub(super) fn realm_url(base: &Url, realm: &str, secret: bool) -> Result<Url, Trouble> {
     let url = Url::parse(realm).ok().filter(|url| matches!(url.scheme(), "http" | "https"));
@@ -196,7 +196,7 @@ pub(super) async fn read_up_to(mut answer: reqwest::Response, bytes_max: u64) ->
     Ok(body)
 }
 
-/// The wait of a Retry-After header, which holds seconds or a date.
+/// Returns the wait of a Retry-After header, which holds seconds or a date.
 fn retry_after(text: &str) -> Option<Duration> {
     let wait = match text.trim().parse() {
         Ok(seconds) => Duration::from_secs(seconds),

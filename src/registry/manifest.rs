@@ -83,7 +83,7 @@ pub(super) fn parse(bytes: &[u8], name: &str) -> Result<Document> {
     }
 }
 
-/// The annotations of a manifest. Values that are not text are left out.
+/// Returns the annotations of a manifest. Values that are not text are left out.
 pub(super) fn annotations(bytes: &[u8]) -> BTreeMap<String, String> {
     let manifest: serde_json::Value = serde_json::from_slice(bytes).unwrap_or_default();
     let texts = manifest["annotations"].as_object().into_iter().flatten();
@@ -97,7 +97,7 @@ pub(super) fn is_digest(text: &str) -> bool {
     hex.len() == 64 && hex.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// The manifest for linux/amd64, or else the only one that names no platform.
+/// Returns the manifest for linux/amd64, or else the only one that names no platform.
 fn choose(manifests: Vec<Descriptor>) -> Option<Descriptor> {
     let fits = |platform: &Platform| platform.os == "linux" && platform.architecture == "amd64";
     let exact = manifests.iter().find(|manifest| manifest.platform.as_ref().is_some_and(fits));

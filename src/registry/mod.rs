@@ -58,7 +58,7 @@ pub fn check(target: &Target, adapter: &Path, options: &Options) -> Result<()> {
 /// Packs the adapter in `folder` and pushes it. Pushing the same adapter again changes nothing and sends little.
 ///
 /// Config, Model: the folder holds no complete adapter. Auth: 401, 403, unusable credentials. Config: the registry
-/// refused the push for good. Push: the registry could not be reached in `attempts_max` attempts; the adapter stays
+/// refused the push permanently. Push: the registry could not be reached in `attempts_max` attempts; the adapter stays
 /// in `folder`. Storage: the disk failed.
 pub fn push(
     folder: &Path,
@@ -92,7 +92,7 @@ pub fn push(
     Ok(pushed)
 }
 
-/// Asks what a target names now: the digest of its manifest, and the manifest's annotations.
+/// Resolves a target: the digest of its manifest now, and the manifest's annotations.
 ///
 /// # Errors
 /// As [`pull()`].

@@ -16,7 +16,7 @@ pub enum Target {
     },
 }
 
-/// How to connect to a registry. `plan` fills it.
+/// Options of connections to a registry. `plan` fills them.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Folder or file with docker credentials. `None`: `DOCKER_CONFIG`, then the usual places.

@@ -82,7 +82,7 @@ pub fn unpack(
     Ok(())
 }
 
-/// The same repository by digest, because a tag may move between two requests.
+/// Returns the same repository by digest, because a tag may move between two requests.
 pub fn pinned(image: &str, digest: &str) -> Result<Target> {
     let reference = parse_reference(image)?;
     Ok(Target::Registry(format!("{}/{}@{digest}", reference.registry(), reference.repository())))

@@ -123,7 +123,8 @@ impl Stagehouse {
     }
 }
 
-/// Relative paths of everything that is not a folder, sorted. Temporary folders of earlier pulls are left out.
+/// Returns the relative paths of everything that is not a folder, sorted. Temporary folders of earlier pulls are left
+/// out.
 fn files_below(folder: &Path) -> Result<Vec<PathBuf>> {
     let (mut files, mut open) = (Vec::new(), vec![PathBuf::new()]);
     while let Some(inner) = open.pop() {

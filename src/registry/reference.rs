@@ -76,7 +76,7 @@ fn is_tag(text: &str) -> bool {
         && text.len() <= TAG_CHARACTERS_MAX
 }
 
-/// The reference with a lower-case name, if that alone makes it valid. Tags keep their case.
+/// Returns the reference with a lower-case name, if that alone makes it valid. Tags keep their case.
 fn lower_cased(text: &str) -> Option<String> {
     let name_end = text.rfind('/').unwrap_or(0);
     let tag_start = text[name_end..].find([':', '@']).map_or(text.len(), |at| name_end + at);

@@ -30,7 +30,8 @@ use crate::interrupt;
 use crate::report::{Report, Stage, Task, Unit};
 use crate::source::{Pace, Speed};
 
-/// Waits before a repetition: 0.1 s, 0.3 s, 0.9 s ... up to this.
+/// The longest pause before the first repetition. It doubles with each failure up to `BACKOFF_MAX`; up to half of a
+/// pause is left out at random.
 const BACKOFF_FIRST: Duration = Duration::from_millis(200);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
@@ -60,8 +61,8 @@ struct Remote<'a> {
 
 /// Pushes the image under the reference's tag, and reads the tag back.
 ///
-/// Auth: 401, 403, or unusable credentials. Config: the registry refused for good, or its certificate is not trusted.
-/// Push: all attempts failed.
+/// Auth: 401, 403, or unusable credentials. Config: the registry refused permanently, or its certificate is not
+/// trusted. Push: all attempts failed.
 pub(super) fn push(
     image: &Image,
     folder: &Path,
@@ -271,7 +272,7 @@ impl Remote<'_> {
                 let continued = resume(client, part, &mut file, &task).await;
                 match continued {
                     Ok(()) => break,
-                    // An attempt that brought some bytes does not count as failed: a blob can take hours, and
+                    // An attempt that received some bytes does not count as failed: a blob can take hours, and
                     // connections end sooner.
                     Err(trouble)
                         if matches!(trouble.nature, Nature::Transient)
@@ -437,7 +438,7 @@ fn pause(failures: u32) -> Duration {
     backoff::pause(BACKOFF_FIRST, BACKOFF_MAX, failures)
 }
 
-/// `sha256:` and twelve digits, for a progress line.
+/// Returns `sha256:` and twelve digits, for a progress line.
 fn short(digest: &str) -> String {
     digest.chars().take(19).collect()
 }

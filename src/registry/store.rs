@@ -1,4 +1,4 @@
-//! A place that holds an image -> its manifests and layers, whatever the place is.
+//! A registry or a layout that holds an image -> its manifests and layers.
 
 use std::fs::File;
 
@@ -7,10 +7,10 @@ use crate::fault::Result;
 
 /// A source of an image's parts. It verifies the digest of everything it returns.
 pub(super) trait Store {
-    /// The manifest or index of the target's own tag or digest, and its digest.
+    /// Returns the manifest or index of the target's own tag or digest, and its digest.
     fn top(&mut self) -> Result<(Vec<u8>, String)>;
-    /// The manifest with this digest.
+    /// Returns the manifest with this digest.
     fn manifest(&mut self, descriptor: &Descriptor) -> Result<Vec<u8>>;
-    /// A layer, as a file positioned at its start.
+    /// Returns a layer, as a file positioned at its start.
     fn layer(&mut self, descriptor: &Descriptor) -> Result<File>;
 }

@@ -56,7 +56,7 @@ impl Trouble {
         Trouble { nature: Nature::Violation, ..Trouble::transient(text) }
     }
 
-    /// The trouble of an answer's status and body.
+    /// Returns the trouble of an answer's status and body.
     pub(super) fn answer(status: u16, body: &str) -> Trouble {
         let nature = match status {
             401 | 403 => Nature::Unauthorized,
@@ -118,7 +118,7 @@ impl From<Fault> for Trouble {
     }
 }
 
-/// A registry's text, made fit for a message: one line, no control characters, no secret, not too long.
+/// Returns a registry's text, made fit for a message: one line, no control characters, no secret, not too long.
 pub(super) fn clean(text: &str, secrets: &[String]) -> String {
     let mut text = text.to_string();
     for secret in secrets.iter().filter(|secret| !secret.is_empty()) {
@@ -132,7 +132,7 @@ pub(super) fn clean(text: &str, secrets: &[String]) -> String {
     }
 }
 
-/// `CODE: message` of each error, with its detail if that is plain text.
+/// Returns `CODE: message` of each error, with its detail if that is plain text.
 fn words(envelope: &OciEnvelope) -> String {
     let each = envelope.errors.iter().map(|error| {
         let code = serde_json::to_value(&error.code).unwrap_or_default();
@@ -142,7 +142,7 @@ fn words(envelope: &OciEnvelope) -> String {
     each.collect::<Vec<String>>().join("; ")
 }
 
-/// An error with its causes, each of them once.
+/// Returns an error with its causes, each of them once.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

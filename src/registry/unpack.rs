@@ -58,7 +58,8 @@ pub(super) struct Unpacker<'a> {
 }
 
 impl<'a> Unpacker<'a> {
-    /// `folder` must exist and be empty, and nobody else may write to it. It becomes the image's `data/`.
+    /// Returns an unpacker into `folder`, which becomes the image's `data/`. The folder must exist and be empty, and
+    /// nobody else may write to it.
     pub(super) fn new(folder: &'a Path, limits: Limits) -> Unpacker<'a> {
         Unpacker::choosing(folder, limits, Choice::Data)
     }
@@ -119,7 +120,7 @@ impl<'a> Unpacker<'a> {
         }
     }
 
-    /// The entry's path below our folder; `None` if the entry is not extracted.
+    /// Returns the entry's path below our folder; `None` if the entry is not extracted.
     fn chosen(&self, written: &Path, kind: tar::EntryType) -> Result<Option<PathBuf>> {
         let inside = inside(written)?;
         match self.choice {
@@ -182,7 +183,7 @@ impl<'a> Unpacker<'a> {
     }
 }
 
-/// The path inside the image. A path that leads out of it is refused.
+/// Returns the path inside the image. A path that leads out of it is refused.
 fn inside(written: &Path) -> Result<PathBuf> {
     let mut inside = PathBuf::new();
     for component in written.components() {
@@ -200,8 +201,8 @@ fn inside(written: &Path) -> Result<PathBuf> {
     Ok(inside)
 }
 
-/// The path that a whiteout hides: `.wh.name` hides its sibling `name`, `.wh..wh..opq` hides the whole folder around
-/// it.
+/// Returns the path that a whiteout hides: `.wh.name` hides its sibling `name`, `.wh..wh..opq` hides the whole folder
+/// around it.
 fn whiteout(path: &Path) -> Option<PathBuf> {
     let hidden = path.file_name()?.to_str()?.strip_prefix(WHITEOUT)?;
     let folder = path.parent()?;
@@ -284,7 +285,7 @@ impl<R: Read> Read for Budgeted<R> {
     }
 }
 
-/// An archive that cannot be read: the machine's fault if its disk failed.
+/// Returns the fault for an archive that cannot be read: a storage fault if the machine's disk failed.
 fn damaged(error: io::Error) -> Fault {
     Fault::data(format!("damaged archive: {error}")).or_machines()
 }
@@ -409,7 +410,7 @@ mod tests {
             unpack(&[sized("data/a", 6_000), sized("data/b", 4_001)]).is_err(),
             "bytes of all layers count"
         );
-        // Bytes outside of `data` are read all the same.
+        // Bytes outside of `data` count too.
         let skipped = gzip(&sized("other", 3 << 20));
         assert!(unpack(std::slice::from_ref(&skipped)).unwrap().is_empty());
         assert!(unpack(&[skipped.clone(), skipped]).is_err(), "unpacked bytes of all layers count");

@@ -28,7 +28,7 @@ fn without_known(text: &str) -> Cow<'_, str> {
 }
 
 /// Replaces control characters and marks that reorder text by visible escapes, so that text from a row or a server
-/// can mislead neither a terminal nor a reader. Removes the secrets of addresses, and cuts texts that are longer than
+/// cannot mislead a terminal or a reader. Removes the secrets of addresses, and cuts texts that are longer than
 /// `characters_max`.
 pub fn clean(text: &str, characters_max: usize) -> String {
     let text = &without_secrets(text);
@@ -85,7 +85,7 @@ fn bare_word(word: &str) -> Cow<'_, str> {
     }
 }
 
-/// The position behind `https://`, or behind one of its mistyped forms `https//`, `https:/` and `https:`.
+/// Returns the position behind `https://`, or behind one of its mistyped forms `https//`, `https:/` and `https:`.
 fn scheme_end(word: &str) -> usize {
     if let Some(at) = word.find("//") {
         return at + 2;

@@ -58,7 +58,8 @@ impl Lines {
         Lines { dispatch: Dispatch::new(subscriber), interval, spoke: Mutex::default() }
     }
 
-    /// Also takes what libraries log through tracing. The first call in a process counts; later calls change nothing.
+    /// Receives the events that libraries log through tracing, too. The first call in a process counts; later calls
+    /// change nothing.
     pub fn install(&self) {
         let _ = tracing::dispatcher::set_global_default(self.dispatch.clone());
     }
@@ -168,7 +169,7 @@ mod tests {
         }
     }
 
-    /// The lines that `work` writes, each parsed.
+    /// Returns the lines that `work` writes, each parsed.
     fn lines(quiet: bool, interval: Duration, work: impl FnOnce(&Report)) -> Vec<Value> {
         let paper = Paper::default();
         let writer = paper.clone();

@@ -36,7 +36,7 @@ pub enum Stage {
 }
 
 impl Stage {
-    /// Name of the stage in logs and metrics.
+    /// Returns the name of the stage in logs and metrics.
     pub fn name(self) -> &'static str {
         match self {
             Stage::Plan => "plan",
@@ -180,17 +180,17 @@ pub struct Report {
 }
 
 impl Report {
-    /// A report that passes everything to `sink`.
+    /// Returns a report that passes everything to `sink`.
     pub fn new(sink: Arc<dyn Sink>) -> Report {
         Report { sink, next_id: Arc::default() }
     }
 
-    /// The sinks of this report's events, for a sink that stands in front of it.
+    /// Returns the sinks of this report's events, for a sink that stands in front of it.
     pub fn sink(&self) -> Arc<dyn Sink> {
         self.sink.clone()
     }
 
-    /// A report that discards everything, for tests and library use.
+    /// Returns a report that discards everything, for tests and library use.
     pub fn silent() -> Report {
         Report::new(Arc::new(Silent))
     }

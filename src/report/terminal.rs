@@ -110,7 +110,7 @@ fn style(unit: Unit, has_total: bool) -> ProgressStyle {
     ProgressStyle::with_template(template).expect("a test builds every template").progress_chars("━╸ ")
 }
 
-/// An event as one line.
+/// Returns an event as one line.
 fn shown(event: &Event) -> String {
     match event {
         Event::Note { stage, text } => format!("{:<9} {}", stage.name(), clean(text, NOTE_CHARACTERS_MAX)),
@@ -132,7 +132,7 @@ fn shown(event: &Event) -> String {
     }
 }
 
-/// An error as text. Line breaks in the message are hone's own (lists of mistakes), so each line is cleaned
+/// Returns an error as text. Line breaks in the message are hone's own (lists of mistakes), so each line is cleaned
 /// separately.
 fn failure(fault: &Fault) -> String {
     let lines = |text: &str| {

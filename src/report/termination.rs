@@ -1,4 +1,4 @@
-//! How a run ended -> one JSON line for Kubernetes' termination message, which `kubectl describe` and controllers
+//! The end of a run -> one JSON line for Kubernetes' termination message, which `kubectl describe` and controllers
 //! show. A failure to write it never fails a run.
 
 use super::clean::clean;
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 /// LIMIT: kubelet limits one container's message to 4 KiB, and the messages of a pod's containers together to 12 KiB.
 const LINE_BYTES_MAX: usize = 2048;
 
-/// The end of a run, and what it reached.
+/// The end of a run, and its results.
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {
     /// The reason why the run failed; `None` if it succeeded.
@@ -30,7 +30,7 @@ pub struct Outcome {
     pub digest: Option<String>,
 }
 
-/// The file for the message: `HONE_TERMINATION_LOG`, or else Kubernetes' own file if it exists.
+/// Returns the file for the message: `HONE_TERMINATION_LOG`, or else Kubernetes' own file if it exists.
 pub fn path() -> Option<PathBuf> {
     let default = Path::new("/dev/termination-log");
     match std::env::var_os("HONE_TERMINATION_LOG") {
@@ -47,8 +47,8 @@ pub const CONTINUES: &str = "it continues from its newest checkpoint";
 /// The same of a program that keeps nothing.
 pub const BEGINS_ANEW: &str = "nothing is lost";
 
-/// Writes, at the start, the message that is right if the process is killed (SIGKILL), since it cannot write then.
-/// `again` says what another start does. Every other end of the process replaces this message.
+/// Writes, at the start, the message for a killed process (SIGKILL), since it cannot write then. `again` describes the
+/// effect of another start. Every other end of the process replaces this message.
 pub fn write_ahead(path: &Path, again: &str) {
     let line = serde_json::json!({
         "code": 137,
@@ -86,7 +86,7 @@ pub fn write(path: &Path, outcome: &Outcome) {
     put(path, &line(outcome));
 }
 
-/// The line itself.
+/// Returns the line itself.
 pub fn line(outcome: &Outcome) -> String {
     let mut characters_max = LINE_BYTES_MAX;
     loop {
@@ -98,7 +98,7 @@ pub fn line(outcome: &Outcome) -> String {
     }
 }
 
-/// The line's fields. All texts are cut to the same length, so that the line stays whole JSON.
+/// Returns the line's fields. All texts are cut to the same length, so that the line stays whole JSON.
 fn fields(outcome: &Outcome, characters_max: usize) -> Map<String, Value> {
     let text = |text: &str| Value::from(clean(text, characters_max));
     let mut fields = Map::new();

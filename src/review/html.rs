@@ -21,7 +21,7 @@ pre { margin: 0; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere;
 .l { color: var(--learned); background: var(--learned-back); border-radius: 2px; } .s { color: var(--special); font-weight: 600; }
 ";
 
-/// The whole page.
+/// Returns the whole page.
 pub fn page(review: &Review) -> String {
     let row =
         |(name, value): &(&str, String)| format!("<tr><td>{name}</td><td>{}</td></tr>\n", escaped(value));

@@ -60,7 +60,7 @@ fn one(sample: &Sample, colours: bool) -> String {
     out + if open { "]\n" } else { "\n" }
 }
 
-/// Green if learned; special tokens are bold.
+/// Returns the piece in colour: green if it is learned, bold if it is a special token.
 fn painted(piece: &Piece) -> String {
     let colour = if piece.learned { GREEN } else { DIM };
     let weight = if piece.special { BOLD } else { "" };
@@ -82,7 +82,7 @@ pub(super) fn visible(text: &str) -> String {
     out
 }
 
-/// Characters without width, and characters that change the direction of writing.
+/// Returns whether a character has no width or changes the direction of writing.
 fn is_hidden(c: char) -> bool {
     matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
 }

@@ -21,7 +21,7 @@ const RUN: usize = 3;
 /// LIMIT: rows of one band that are compared with each other. A band of boilerplate may hold all rows.
 const COMPARED_MAX: usize = 64;
 
-/// LIMIT: rows of a set that are compared. What is remembered of a row takes about a kilobyte.
+/// LIMIT: rows of a set that are compared. The record of a row takes about a kilobyte.
 const ROWS_MAX: usize = 500_000;
 
 /// Counts of copies.

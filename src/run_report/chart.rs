@@ -14,7 +14,7 @@ const RIGHT: f64 = 10.0;
 const TOP: f64 = 10.0;
 const BOTTOM: f64 = 30.0;
 
-/// How values of an axis are written.
+/// The format of an axis's values.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Unit {
     /// A number.
@@ -39,7 +39,7 @@ pub struct Series {
 }
 
 impl Series {
-    /// A plain line.
+    /// Returns a plain line.
     pub fn line(name: impl Into<String>, points: Vec<(f64, f64)>, colour: usize) -> Series {
         Series { name: name.into(), points, colour, dots: false, faint: false }
     }
@@ -59,7 +59,7 @@ pub struct Chart {
 }
 
 impl Chart {
-    /// The chart in a figure; nothing if no line has a point.
+    /// Returns the chart in a figure; nothing if no line has a point.
     pub fn html(&self) -> String {
         let finite = |series: &Series| {
             let points = series.points.iter().copied().filter(|(x, y)| x.is_finite() && y.is_finite());
@@ -90,7 +90,7 @@ impl Chart {
     }
 }
 
-/// Names beside their colours, if there is more than one line to tell apart.
+/// Returns the names beside their colours, if there is more than one line.
 fn legend(series: &[Series]) -> String {
     let shown: Vec<&Series> = series.iter().filter(|one| !one.faint).collect();
     if shown.len() < 2 {
@@ -195,7 +195,7 @@ impl Axes {
     }
 }
 
-/// A range of one value gets some room around it.
+/// Returns the range of values. A range of one value gets some room around it.
 fn apart((low, high): (f64, f64)) -> (f64, f64) {
     match high > low {
         true => (low, high),
@@ -208,14 +208,14 @@ fn padded((low, high): (f64, f64), from_zero: bool) -> (f64, f64) {
     (if from_zero && low >= 0.0 { 0.0 } else { low - room }, high + room)
 }
 
-/// 1, 2 or 5 times a power of ten, near `rough`.
+/// Returns the next number from `rough` upwards that is 1, 2 or 5 times a power of ten.
 fn nice(rough: f64) -> f64 {
     let power = 10f64.powf(rough.log10().floor());
     let times = [1.0, 2.0, 5.0, 10.0].into_iter().find(|times| times * power >= rough).unwrap_or(10.0);
     times * power
 }
 
-/// A power of two near `rough`, so that bytes have round names.
+/// Returns a power of two near `rough`, so that bytes have round names.
 fn nice_binary(rough: f64) -> f64 {
     2f64.powf(rough.max(1.0).log2().ceil())
 }
@@ -225,7 +225,7 @@ fn ticks((low, high): (f64, f64), step: f64) -> Vec<f64> {
     (0..12).map(|count| (first + f64::from(count)) * step).take_while(|value| *value <= high).collect()
 }
 
-/// A number in few letters.
+/// Returns a number in few letters.
 pub fn written(value: f64, unit: Unit) -> String {
     if unit == Unit::Bytes {
         return crate::words::size(value.max(0.0) as u64);
@@ -250,7 +250,7 @@ pub fn written(value: f64, unit: Unit) -> String {
     }
 }
 
-/// At most `POINTS_MAX` points: of each stretch the lowest and the highest, so that no spike is lost.
+/// Returns at most `POINTS_MAX` points: of each stretch the lowest and the highest, so that no spike is lost.
 fn thinned(points: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
     if points.len() <= POINTS_MAX {
         return points;
@@ -268,7 +268,8 @@ fn thinned(points: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
     points.chunks(stretch).flat_map(of).collect()
 }
 
-/// The same points, each a mean of what came before it (an exponential one over a twentieth of the run).
+/// Returns the same points, each replaced by a mean of the points before it (an exponential one over a twentieth of the
+/// run).
 pub fn smoothed(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let share = 1.0 / (points.len() as f64 / 20.0).max(1.0);
     let mut mean: Option<f64> = None;

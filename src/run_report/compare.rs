@@ -7,7 +7,7 @@ use super::chart::{Chart, Series, Unit, smoothed, written};
 use super::html::{escaped, folded, page, section, table};
 use super::page::{Run, duration, number};
 
-/// The page.
+/// Returns the page.
 pub fn html(runs: &[Run]) -> String {
     let names = names(runs);
     let title = format!("{} runs compared", runs.len());
@@ -21,7 +21,7 @@ pub fn html(runs: &[Run]) -> String {
     page(&title, &body)
 }
 
-/// The shortest last part of each folder's path that differs from the others'.
+/// Returns the shortest last part of each folder's path that differs from the others'.
 fn names(runs: &[Run]) -> Vec<String> {
     let parts = |run: &Run, count: usize| {
         let all: Vec<String> =
@@ -93,7 +93,7 @@ fn curves(runs: &[Run], names: &[String]) -> String {
     if drawn.is_empty() { drawn } else { format!("<div class=\"charts\">\n{drawn}</div>\n") }
 }
 
-/// Settings by name, those that differ first; the others are folded away.
+/// Returns settings by name, those that differ first; the others are folded away.
 fn settings(runs: &[Run], names: &[String]) -> String {
     let all = runs.iter().flat_map(|run| run.fact("plan")["values"].as_object());
     let mut seen = BTreeSet::new();

@@ -9,8 +9,8 @@ const SCRIPT: &str = include_str!("script.js");
 /// LIMIT: letters of one value on the page. Longer ones are for `report.json`.
 const LETTERS_MAX: usize = 4000;
 
-/// Text from outside, made safe inside elements and attributes. Control characters become visible, secrets of
-/// addresses go.
+/// Returns the text from outside, made safe inside elements and attributes. Control characters become visible, secrets
+/// of addresses go.
 pub fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for (line, part) in text.split('\n').enumerate() {
@@ -31,7 +31,7 @@ pub fn escaped(text: &str) -> String {
     out
 }
 
-/// Two columns: names and values. Values are HTML already.
+/// Returns two columns: names and values. Values are HTML already.
 pub fn facts(rows: &[(&str, String)]) -> String {
     let row =
         |(name, value): &(&str, String)| format!("<tr><th>{}</th><td>{value}</td></tr>\n", escaped(name));
@@ -41,7 +41,7 @@ pub fn facts(rows: &[(&str, String)]) -> String {
     }
 }
 
-/// A table with a head; cells are HTML already.
+/// Returns a table with a head; cells are HTML already.
 pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     let cells = |tag: &str, cells: &mut dyn Iterator<Item = String>| {
         cells.map(|cell| format!("<{tag}>{cell}</{tag}>")).collect::<String>()
@@ -54,7 +54,7 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     )
 }
 
-/// A section, or nothing if it has no content.
+/// Returns a section, or nothing if it has no content.
 pub fn section(title: &str, content: &str) -> String {
     match content.is_empty() {
         true => String::new(),
@@ -62,7 +62,7 @@ pub fn section(title: &str, content: &str) -> String {
     }
 }
 
-/// The details for readers who want more.
+/// Returns the details for readers who want more.
 pub fn folded(title: &str, content: &str) -> String {
     match content.is_empty() {
         true => String::new(),
@@ -70,8 +70,8 @@ pub fn folded(title: &str, content: &str) -> String {
     }
 }
 
-/// A whole page. Its policy allows its own style and its one script, which is named by its hash, and no load at
-/// all: what escaped by mistake could neither run nor call home.
+/// Returns a whole page. Its policy allows its own style and its one script, which is named by its hash, and no load at
+/// all: a script that slipped in by mistake could not run or send anything.
 pub fn page(title: &str, body: &str) -> String {
     let hash = crate::words::base64(&Sha256::digest(SCRIPT.as_bytes()));
     format!(

@@ -1,7 +1,8 @@
 //! A file of lines with numbers (`metrics.jsonl`, `timeline.jsonl`) -> the points of each name, and the lines of
 //! evaluations.
 //!
-//! The folder may be anybody's. What is kept is bounded, whatever its files hold: numbers of known size, and few texts.
+//! The folder may come from anybody. The kept values are bounded for all contents of its files: numbers of known size,
+//! and few texts.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
@@ -67,7 +68,7 @@ impl Measured {
         found
     }
 
-    /// The same of a file in which a later line of a step counts.
+    /// Returns the same of a file in which a later line of a step counts.
     pub fn newest(file: &Path) -> Measured {
         let mut found = Measured::read(file);
         for points in found.points.values_mut() {
@@ -94,12 +95,12 @@ impl Measured {
         self.points.is_empty()
     }
 
-    /// Names in the order of the alphabet.
+    /// Returns names in the order of the alphabet.
     pub fn names(&self) -> impl Iterator<Item = &String> {
         self.points.keys()
     }
 
-    /// Points of a metric over the steps.
+    /// Returns points of a metric over the steps.
     pub fn points(&self, name: &str) -> Vec<(f64, f64)> {
         self.points.get(name).cloned().unwrap_or_default()
     }

@@ -1,4 +1,4 @@
-//! A folder of results -> the page of one run. What was not recorded is said to be missing, never guessed.
+//! A folder of results -> the page of one run. Values that were not recorded are shown as missing, never guessed.
 
 use std::path::{Path, PathBuf};
 
@@ -43,7 +43,7 @@ pub struct Run {
 }
 
 impl Run {
-    /// Reads what is there. Files that are none of a run count as absent; `unread` tells of those that the machine
+    /// Reads the files that exist. Files that belong to no run count as absent; `unread` lists those that the machine
     /// failed to read.
     pub fn of(folder: &Path, story: Story) -> Run {
         let mut unread = None;
@@ -62,7 +62,7 @@ impl Run {
         Run { story, record, adapter, answers, metrics, timeline, folder: folder.to_owned(), unread }
     }
 
-    /// The places that the adapter was sent to.
+    /// Returns the places that the adapter was sent to.
     fn published(&self) -> impl Iterator<Item = &Json> {
         self.fact("published").as_array().into_iter().flatten()
     }
@@ -72,7 +72,7 @@ impl Run {
         self.story.starts.is_empty() && self.record.is_null() && self.metrics.is_empty()
     }
 
-    /// A fact by its name, from the story or, for older results, from `hone.json`.
+    /// Returns a fact by its name, from the story or, for older results, from `hone.json`.
     pub fn fact(&self, name: &str) -> &Json {
         match self.story.facts.get(name) {
             Some(fact) => fact,
@@ -80,29 +80,29 @@ impl Run {
         }
     }
 
-    /// The value in force of a key, and where it stood.
+    /// Returns the value in force of a key, and its origin.
     pub fn setting(&self, name: &str) -> Option<String> {
         let value = &self.fact("plan")["values"][name]["value"];
         (!value.is_null()).then(|| text(value))
     }
 
-    /// The base model's name.
+    /// Returns the base model's name.
     pub fn model(&self) -> String {
         let from_adapter = || self.adapter["base_model_name_or_path"].as_str().map(str::to_owned);
         self.setting("model name").or_else(from_adapter).unwrap_or_else(|| "unknown model".into())
     }
 
-    /// Points of a metric over the steps.
+    /// Returns points of a metric over the steps.
     pub fn points(&self, name: &str) -> Vec<(f64, f64)> {
         self.metrics.points(name)
     }
 
-    /// Points of what differs from start to start.
+    /// Returns the points of a value that differs from start to start.
     pub fn timed(&self, name: &str) -> Vec<(f64, f64)> {
         self.timeline.points(name)
     }
 
-    /// Names of the metrics that evaluations of single sources have.
+    /// Returns names of the metrics that evaluations of single sources have.
     pub fn sources(&self) -> Vec<String> {
         let of_source =
             |name: &&String| name.starts_with("eval_") && name.ends_with("_loss") && *name != "eval_loss";
@@ -113,7 +113,7 @@ impl Run {
         self.story.last()?.fault.as_ref()
     }
 
-    /// The state of the run: a word and the style of it.
+    /// Returns the state of the run: a word and the style of it.
     pub fn state(&self) -> (String, &'static str) {
         let trained = !self.fact("trained").is_null();
         match (self.story.last(), self.failure()) {
@@ -129,7 +129,7 @@ impl Run {
         }
     }
 
-    /// Largest memory in use, of the whole run or of what its timeline shows.
+    /// Returns the largest memory in use, of the whole run or of its timeline.
     pub fn memory_peak(&self) -> Option<u64> {
         let told = self.fact("memory used")["peak_bytes"].as_u64();
         let seen = self.timed("memory_bytes").iter().map(|(_, bytes)| *bytes as u64).max();
@@ -137,7 +137,7 @@ impl Run {
     }
 }
 
-/// The page of one run.
+/// Returns the page of one run.
 pub fn html(run: &Run) -> String {
     let (state, style) = run.state();
     let title = format!("LoRA adapter for {}", run.model());
@@ -172,13 +172,13 @@ fn subtitle(run: &Run) -> String {
     parts.into_iter().flatten().collect::<Vec<_>>().join(" · ")
 }
 
-/// `2026-11-27 08:45`
+/// Returns a time such as `2026-11-27 08:45`.
 fn date(seconds: u64) -> String {
     let time = std::time::UNIX_EPOCH.checked_add(std::time::Duration::from_secs(seconds));
     time.map_or_else(String::new, |time| crate::words::date(time, "%Y-%m-%d %H:%M"))
 }
 
-/// A failed run's page begins with why, and what to do.
+/// Returns the section about a failure, with which a failed run's page begins: the reason and the remedy.
 fn failure(run: &Run) -> String {
     let Some(failure) = run.failure() else { return String::new() };
     let remedy = failure
@@ -225,7 +225,7 @@ fn cards(run: &Run) -> String {
     if cards.is_empty() { cards } else { format!("<div class=\"cards\">{cards}</div>\n") }
 }
 
-/// `2 h 5 min`, `12 min 3 s`, `4.2 s`
+/// Returns a duration such as `2 h 5 min`, `12 min 3 s` or `4.2 s`.
 pub(super) fn duration(seconds: f64) -> String {
     let whole = seconds.round() as u64;
     match whole {
@@ -515,7 +515,7 @@ fn data_files(run: &Run) -> Json {
     }
 }
 
-/// Commands with the names of this run.
+/// Returns the commands with the names of this run.
 fn next(run: &Run) -> String {
     let command = |title: &str, lines: &str| format!("<h3>{title}</h3>\n<pre>{}</pre>\n", escaped(lines));
     if run.fact("trained").is_null() {
@@ -581,7 +581,7 @@ fn workspace(run: &Run, name: &str, image: &str) -> String {
     )
 }
 
-/// A name of letters, digits and dashes: the last part of an address or path.
+/// Returns a name of letters, digits and dashes: the last part of an address or path.
 fn short_name(text: &str) -> String {
     let text = text.strip_prefix("oci:").unwrap_or(text); // a layout on disk
     let last = text.trim_end_matches('/').rsplit('/').next().unwrap_or(text);
@@ -592,7 +592,7 @@ fn short_name(text: &str) -> String {
     if name.is_empty() { "adapter".into() } else { name.chars().take(40).collect() }
 }
 
-/// A word of a shell's command line.
+/// Returns a word of a shell's command line.
 fn quoted(word: &str) -> String {
     let plain = |letter: char| letter.is_ascii_alphanumeric() || "/.:_-=@+,%".contains(letter);
     match !word.is_empty() && word.chars().all(plain) {
@@ -641,7 +641,7 @@ fn footer(run: &Run) -> String {
     )
 }
 
-/// A value as people write it.
+/// Returns a value as people write it.
 pub(super) fn text(value: &Json) -> String {
     match value {
         Json::Null => "null".into(),
@@ -651,7 +651,7 @@ pub(super) fn text(value: &Json) -> String {
     }
 }
 
-/// A number in few letters, anything else as it is.
+/// Returns a number in few letters, anything else as it is.
 pub(super) fn number(value: &Json) -> String {
     value.as_f64().map_or_else(
         || if value.is_null() { String::new() } else { text(value) },

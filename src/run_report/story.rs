@@ -1,4 +1,4 @@
-//! `report.json`: the facts of a run, what was noted, and how each of its starts ended.
+//! `report.json`: the facts of a run, its notes, and the end of each of its starts.
 
 use std::path::Path;
 
@@ -35,7 +35,7 @@ pub struct Note {
     pub seconds: f64,
     /// Name of the stage.
     pub stage: String,
-    /// Whether somebody should look at it.
+    /// Whether it is a warning.
     pub warning: bool,
     /// The message.
     pub text: String,
@@ -71,7 +71,7 @@ pub struct Failure {
     pub retry_helps: bool,
 }
 
-/// The text of a plain file that is not too large. Any other file counts as absent.
+/// Returns the text of a plain file that is not too large. Any other file counts as absent.
 ///
 /// # Errors
 /// Storage: the machine failed to read it.
@@ -82,19 +82,19 @@ pub(super) fn plain_text(file: &Path, bytes_max: u64) -> Result<Option<String>> 
     }
 }
 
-/// The fault for a file that the machine failed to read; `None` if the file is absent, or no plain file.
+/// Returns the fault for a file that the machine failed to read; `None` if the file is absent or not a plain file.
 pub(super) fn machines(file: &Path, error: &std::io::Error) -> Option<Fault> {
     let fault = Fault::unread(Kind::Usage, format!("cannot read {}: {error}", file.display()), error);
     (fault.kind == Kind::Storage).then_some(fault)
 }
 
 impl Story {
-    /// A story that begins with a process that was started then.
+    /// Returns a story that begins with a process that was started then.
     pub fn begin(began: u64) -> Story {
         Story { starts: vec![Start { began, ..Start::default() }], ..Story::default() }
     }
 
-    /// The report of a folder; `None` if there is none, or none of hone's.
+    /// Returns the report of a folder; `None` if there is none, or none of hone's.
     ///
     /// # Errors
     /// Storage: the machine failed to read it.
@@ -103,7 +103,7 @@ impl Story {
         Ok(text.and_then(|text| serde_json::from_str(&text).ok()))
     }
 
-    /// Adds the newest start to those of an earlier story. What this start told counts.
+    /// Adds the newest start to those of an earlier story. Facts of this start replace earlier ones.
     pub fn continues(&mut self, earlier: Story) {
         let mut facts = earlier.facts;
         facts.extend(std::mem::take(&mut self.facts));
@@ -114,7 +114,7 @@ impl Story {
         self.starts = starts.split_off(surplus);
     }
 
-    /// How the newest start ended.
+    /// Records the end of the newest start.
     pub fn end(&mut self, now: u64, fault: Option<&Fault>) {
         let Some(start) = self.starts.last_mut() else { return };
         start.ended = Some(now);
@@ -129,7 +129,7 @@ impl Story {
         });
     }
 
-    /// The newest start.
+    /// Returns the newest start.
     pub fn last(&self) -> Option<&Start> {
         self.starts.last()
     }

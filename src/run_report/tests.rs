@@ -24,7 +24,7 @@ fn recorder() -> (Arc<Nowhere>, Report) {
 const HOSTILE: &str =
     "</title></script><script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)>'\"`${x}";
 
-/// A run's whole story in `folder`, every text of it hostile.
+/// Writes a run's whole story into `folder`. Every text of it is hostile.
 fn tell(report: &Report, folder: &Path) {
     let value = |value: &str| json!({"value": value, "origin": HOSTILE});
     let values =
@@ -60,7 +60,7 @@ fn tell(report: &Report, folder: &Path) {
     fs::write(folder.join("metrics.jsonl"), format!("{lines}{evaluation}\nno json\n")).unwrap();
 }
 
-/// Nothing of the page is loaded from anywhere, and its one script is hone's.
+/// Expects that the page loads nothing from anywhere, and that its one script is hone's.
 fn assert_alone(page: &str) {
     assert_eq!(page.matches("<script").count(), 1, "one script");
     for load in
@@ -100,7 +100,7 @@ fn a_finished_run_has_a_page_of_its_own_that_loads_nothing() {
     assert_eq!(*nowhere.0.lock().unwrap(), [HOSTILE], "no warning of its own");
     let story = Story::read(folder.path()).unwrap().unwrap();
     assert_eq!(story.facts["binary_sha256"].as_str().unwrap().len(), 64);
-    // The page can be made again of what is there, and is the same.
+    // The page can be made again from the files, and is the same.
     let again = make(&[folder.path().to_owned()], None).unwrap();
     assert_eq!(fs::read_to_string(again).unwrap(), page);
 }

@@ -36,7 +36,7 @@ pub struct Context {
 }
 
 impl Context {
-    /// The context of one request, with a new id and the present time.
+    /// Returns the context of one request, with a new id and the present time.
     pub fn new(model: Arc<Model>, ask: Ask, metrics: Arc<Metrics>, stop: Stop) -> Context {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -74,7 +74,7 @@ impl Context {
         head.as_object().cloned().expect("an object")
     }
 
-    /// A call as OpenAI shows it.
+    /// Returns a call as OpenAI shows it.
     fn call(call: &Call) -> Value {
         json!({
             "id": call.id, "type": "function",
@@ -82,7 +82,7 @@ impl Context {
         })
     }
 
-    /// The form of `chat.completion`, with at most so many alternatives of each token.
+    /// Returns the form of `chat.completion`, with at most so many alternatives of each token.
     fn logprobs(&self, scored: &[Scored], most: usize) -> Value {
         let entry = |token: u32, logprob: f32| {
             json!({
@@ -174,7 +174,7 @@ impl Legacy {
         }
     }
 
-    /// The text that was pushed since the last call.
+    /// Returns the text that was pushed since the last call.
     fn take(&mut self) -> Value {
         json!({
             "tokens": std::mem::take(&mut self.tokens),
@@ -223,7 +223,7 @@ async fn whole(context: &Context, index: usize, mut speaker: Speaker) -> Result<
     Ok(Whole { index, choice, usage: end.usage })
 }
 
-/// A whole choice as OpenAI shows it.
+/// Returns a whole choice as OpenAI shows it.
 fn choice(
     context: &Context,
     index: usize,
@@ -269,7 +269,8 @@ fn choice(
     choice
 }
 
-/// A prompt counts once, however many choices it has, and so does what of it was in the cache at its first choice.
+/// Returns the counts of tokens. A prompt counts once for all of its choices, and so do its tokens that were in the
+/// cache at its first choice.
 fn usage(context: &Context, of_choices: &[(usize, Usage)]) -> Value {
     let prompt: usize = context.ask.prompts.iter().map(|prompt| prompt.ids.len()).sum();
     let generated: usize = of_choices.iter().map(|(_, usage)| usage.generated_tokens).sum();
@@ -281,7 +282,7 @@ fn usage(context: &Context, of_choices: &[(usize, Usage)]) -> Value {
     })
 }
 
-/// The whole answer in one piece.
+/// Returns the whole answer in one piece.
 pub async fn complete(context: Arc<Context>) -> Result<Value> {
     let mut tasks = JoinSet::new();
     for (index, speaker) in context.submit()?.into_iter().enumerate() {
@@ -312,7 +313,7 @@ fn internal() -> Error {
 /// A reader that is slower than this many events lets its sequence's tokens wait, and harms nobody else.
 const EVENTS_WAITING: usize = 16;
 
-/// Starts the choices; what they say comes out of the receiver as server-sent events.
+/// Starts the choices. Their text arrives at the receiver as server-sent events.
 pub fn stream(context: Arc<Context>) -> Result<mpsc::Receiver<Bytes>> {
     let speakers = context.submit()?;
     let (sender, receiver) = mpsc::channel(EVENTS_WAITING);

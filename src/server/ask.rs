@@ -1,4 +1,4 @@
-//! The body of a request -> what the engine is asked, and how the answer is to be shown.
+//! The body of a request -> the requests to the engine, and the form of the answer.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -80,7 +80,7 @@ pub struct Ask {
 }
 
 impl Ask {
-    /// The engine's requests in the order of the choices, each made when it is asked for.
+    /// Returns the engine's requests in the order of the choices, each made when it is asked for.
     pub fn requests(&self) -> impl Iterator<Item = Request> {
         let choice = |prompt: &Prompt, number: usize| {
             let mut request = Request { prompt: prompt.ids.clone(), ..self.request.clone() };
@@ -228,7 +228,7 @@ const WITHOUT: [(&str, &str); 52] = [
     ("return_tokens_as_token_ids", "false"),
 ];
 
-/// Refuses what would change the answer and is not done here.
+/// Refuses fields that would change the answer and are not supported here.
 fn without(fields: &Fields) -> Result<()> {
     for (name, usual) in WITHOUT {
         let usual: Value = serde_json::from_str(usual).expect("a constant");
@@ -239,7 +239,7 @@ fn without(fields: &Fields) -> Result<()> {
     Ok(())
 }
 
-/// `POST /v1/chat/completions`.
+/// Reads a request of `POST /v1/chat/completions`.
 pub fn chat(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
     let fields = Fields::new(body, "");
     let text = chat_text(&fields, model)?;
@@ -256,7 +256,7 @@ pub fn chat(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
     Ok(ask)
 }
 
-/// The text that the template makes of the messages.
+/// Returns the text that the template makes of the messages.
 pub fn chat_text(fields: &Fields, model: &Model) -> Result<String> {
     let messages = fields.list("messages")?.ok_or_else(|| Error::field("messages", "messages is missing"))?;
     fields.refuse("chat_template", &[], "the model's own template is used")?;
@@ -317,7 +317,7 @@ pub fn chat_text(fields: &Fields, model: &Model) -> Result<String> {
     Ok(text)
 }
 
-/// Fields that are only for the template, if it has no place for them.
+/// Returns the fields that are only for the template, if it has no place for them.
 fn unread(fields: &Fields, model: &Model) -> Result<Vec<String>> {
     let Some(chat) = &model.chat else { return Ok(Vec::new()) };
     let fields_of_it = ["tools", "documents", "reasoning_effort"].into_iter();
@@ -341,7 +341,7 @@ fn unread(fields: &Fields, model: &Model) -> Result<Vec<String>> {
     Ok(unread)
 }
 
-/// A message as templates expect it: text content, arguments of tool calls as objects.
+/// Returns a message as templates expect it: text content, arguments of tool calls as objects.
 fn message(at: usize, message: &Value) -> Result<Value> {
     let place = format!("messages[{at}]");
     let wrong = |what: &str| Error::field(&place, format!("{place}: {what}"));
@@ -429,7 +429,7 @@ pub fn completion(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
     Ok(ask)
 }
 
-/// A text, texts, ids, or lists of ids.
+/// Returns a text, texts, ids, or lists of ids.
 fn prompts(fields: &Fields, model: &Model, specials: bool) -> Result<Vec<Prompt>> {
     let wrong = || {
         Error::field(
@@ -459,7 +459,7 @@ fn prompts(fields: &Fields, model: &Model, specials: bool) -> Result<Vec<Prompt>
     }
 }
 
-/// The fields that both of OpenAI's forms have.
+/// Returns the fields that both of OpenAI's forms have.
 fn common(fields: &Fields, model: &Model, form: Form, prompts: Vec<Prompt>) -> Result<Ask> {
     // A list of adapters is added to the base.
     let given = fields.get("adapters").is_some();
@@ -544,7 +544,7 @@ fn min_tokens(fields: &Fields, max_tokens: usize) -> Result<usize> {
     }
 }
 
-/// Alternatives of each token of the prompt; a stream has no place for them.
+/// Returns the number of alternatives of each token of the prompt; a stream has no place for them.
 fn prompt_logprobs(fields: &Fields, stream: bool) -> Result<Option<usize>> {
     match fields.size("prompt_logprobs", 0..=ALTERNATIVES_MAX)? {
         Some(_) if stream => Err(Error::field(
@@ -555,7 +555,7 @@ fn prompt_logprobs(fields: &Fields, stream: bool) -> Result<Option<usize>> {
     }
 }
 
-/// Whether a stream ends with the numbers of tokens, and the names of options without effect.
+/// Returns whether a stream ends with the numbers of tokens, and the names of options without effect.
 fn stream_options(fields: &Fields, stream: bool) -> Result<(bool, Vec<String>)> {
     let Some(options) = fields.object("stream_options")? else { return Ok((false, Vec::new())) };
     if !stream {
@@ -567,7 +567,7 @@ fn stream_options(fields: &Fields, stream: bool) -> Result<(bool, Vec<String>)> 
     Ok((options.flag("include_usage")?.unwrap_or(false), ignored.collect()))
 }
 
-/// Only plain text: an answer is not held to a grammar.
+/// Refuses formats other than plain text, since answers are not constrained by a grammar.
 fn response_format(fields: &Fields) -> Result<()> {
     let Some(format) = fields.object("response_format")? else { return Ok(()) };
     match format.get("type").and_then(Value::as_str) {
@@ -583,7 +583,8 @@ fn response_format(fields: &Fields) -> Result<()> {
     }
 }
 
-/// Tokens that may be generated: as asked for, where that fits; else up to the end of the context.
+/// Returns the number of tokens that may be generated: the number asked for if it fits, otherwise all up to the end of
+/// the context.
 fn room(model: &Model, prompts: &[Prompt], asked: Option<usize>, usual: Option<usize>) -> Result<usize> {
     let facts = model.engine.facts();
     let mut longest = 0;
@@ -603,7 +604,7 @@ fn room(model: &Model, prompts: &[Prompt], asked: Option<usize>, usual: Option<u
     Ok(asked.unwrap_or_else(|| usual.unwrap_or(usize::MAX).min(facts.context - longest)))
 }
 
-/// The adapters and strengths that a name or a list adds to the base.
+/// Returns the adapters and strengths that a name or a list adds to the base.
 fn adapters(fields: &Fields, model: &Model, name: &str) -> Result<Vec<Strength>> {
     let named = model.named(name)?;
     let wrong = |what: String| Error::field("adapters", format!("adapters: {what}"));
@@ -614,7 +615,7 @@ fn adapters(fields: &Fields, model: &Model, name: &str) -> Result<Vec<Strength>>
     Ok(found)
 }
 
-/// The field `adapters`: names of loaded adapters, each with its strength.
+/// Returns the field `adapters`: names of loaded adapters, each with its strength.
 pub fn strengths(fields: &Fields, model: &Model) -> Result<Option<Vec<Strength>>> {
     let Some(list) = fields.list("adapters")? else { return Ok(None) };
     let wrong = |what: String| Error::field("adapters", format!("adapters: {what}"));
@@ -661,7 +662,7 @@ fn sampling(fields: &Fields, model: &Model) -> Result<Sampling> {
     })
 }
 
-/// A list, unless it is too long.
+/// Returns a list, unless it is too long.
 fn few(list: Option<Vec<u32>>, name: &str, most: usize) -> Result<Vec<u32>> {
     let list = list.unwrap_or_default();
     match list.len() > most {
@@ -670,7 +671,7 @@ fn few(list: Option<Vec<u32>>, name: &str, most: usize) -> Result<Vec<u32>> {
     }
 }
 
-/// OpenAI's map from token ids, written as texts, to -100..100.
+/// Reads OpenAI's map from token ids, written as texts, to -100..100.
 fn bias(fields: &Fields, model: &Model) -> Result<Vec<(u32, f32)>> {
     let Some(map) = fields.object("logit_bias")? else { return Ok(Vec::new()) };
     if map.len() > BIASES_MAX {
@@ -688,7 +689,7 @@ fn bias(fields: &Fields, model: &Model) -> Result<Vec<(u32, f32)>> {
     map.iter().map(entry).collect()
 }
 
-/// Another one for each request.
+/// Returns a different seed for each request.
 fn random_seed() -> u64 {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
@@ -696,7 +697,7 @@ fn random_seed() -> u64 {
     (now ^ count.rotate_left(40)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
-/// `POST /chat`, as KAITO's transformers runtime takes it.
+/// Reads a request of `POST /chat`, as KAITO's transformers runtime takes it.
 pub fn kaito(body: &Map<String, Value>, model: &Model) -> Result<Ask> {
     let fields = Fields::new(body, "");
     for name in ["prefix", "handle_long_generation"] {

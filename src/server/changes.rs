@@ -1,5 +1,5 @@
-//! Requests that change what is served: adapters come and go, mixes get other strengths. Only if the server was
-//! told so.
+//! Requests that change the served models: load and unload adapters, change mixes. They need the server's permission (a
+//! flag).
 
 use hyper::StatusCode;
 use serde_json::{Value, json};
@@ -24,7 +24,7 @@ fn missing(name: &str) -> Error {
     Error::field(name, format!("{name} is missing"))
 }
 
-/// A part of a mix with the digest of the adapter that is loaded now.
+/// Returns a part of a mix with the digest of the adapter that is loaded now.
 pub fn part(model: &Model, part: &Strength) -> Value {
     let origin = model.named.origin(&part.name);
     // As it was written: 0.3 is not 0.30000001192092896.
@@ -34,7 +34,7 @@ pub fn part(model: &Model, part: &Strength) -> Value {
     })
 }
 
-/// vLLM's: `{lora_name, lora_path, load_inplace}`.
+/// Loads an adapter. The body is vLLM's: `{lora_name, lora_path, load_inplace}`.
 pub fn load(fields: &Fields, model: &Model) -> Answer {
     let bring = changeable(model)?;
     let name = fields.text("lora_name")?.ok_or_else(|| missing("lora_name"))?;
@@ -66,7 +66,7 @@ pub fn load(fields: &Fields, model: &Model) -> Answer {
     })))
 }
 
-/// vLLM's: `{lora_name}`.
+/// Unloads an adapter. The body is vLLM's: `{lora_name}`.
 pub fn unload(fields: &Fields, model: &Model) -> Answer {
     changeable(model)?;
     let name = fields.text("lora_name")?.ok_or_else(|| missing("lora_name"))?;
@@ -96,7 +96,8 @@ fn keep_default(model: &Model, name: &str, field: &str) -> Result<()> {
     }
 }
 
-/// `{name, adapters: [{name, strength}]}`: makes a mix, or changes the one of that name for requests to come.
+/// Answers a request `{name, adapters: [{name, strength}]}`: makes a mix, or changes the mix of that name for later
+/// requests.
 pub fn mix(fields: &Fields, model: &Model) -> Answer {
     changeable(model)?;
     let name = fields.text("name")?.ok_or_else(|| missing("name"))?;
@@ -126,14 +127,14 @@ pub fn mix(fields: &Fields, model: &Model) -> Answer {
     Ok(json_answer(&one(model, name, &parts)))
 }
 
-/// Every mix there is.
+/// Returns every mix.
 pub fn mixes(model: &Model) -> Value {
     let list = model.named.mixes();
     let list: Vec<Value> = list.iter().map(|(name, parts)| one(model, name, parts)).collect();
     json!({"object": "list", "data": list})
 }
 
-/// `DELETE /v1/mixes/NAME`.
+/// Answers `DELETE /v1/mixes/NAME`.
 pub fn remove_mix(model: &Model, name: &str) -> Answer {
     changeable(model)?;
     keep_default(model, name, "name")?;

@@ -64,7 +64,7 @@ pub fn acceptor(chain: &Path, key: &Path) -> Result<TlsAcceptor> {
 }
 
 /// Answers connections, at most so many at once; others wait in the listener's queue. Once the server has stopped,
-/// those in the queue are told so as well, and this returns when the last connection is closed.
+/// those in the queue get this answer too, and the function returns when the last connection is closed.
 pub async fn accept(
     listener: TcpListener,
     tls: Option<TlsAcceptor>,

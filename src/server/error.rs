@@ -42,7 +42,7 @@ fn shortened(message: String) -> String {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// An error about no field, without a code.
+    /// Returns an error about no field, without a code.
     pub fn new(status: StatusCode, message: impl Into<String>) -> Error {
         Error {
             status,
@@ -65,7 +65,7 @@ impl Error {
         Error::new(StatusCode::BAD_REQUEST, message)
     }
 
-    /// 429: the server has no room now; the client is told to come again.
+    /// 429: the server has no room now, and asks the client to try again.
     pub fn busy(message: impl Into<String>) -> Error {
         Error { retry_after: Some(1), ..Error::new(StatusCode::TOO_MANY_REQUESTS, message) }
             .code("rate_limit_exceeded")
@@ -88,7 +88,7 @@ impl Error {
         self
     }
 
-    /// No model or adapter has this name.
+    /// Returns the error for a name that no model or adapter has.
     pub fn unknown_model(name: &str, known: &[String]) -> Error {
         let message = format!("The model `{name}` does not exist; there are: {}", known.join(", "));
         Error::new(StatusCode::NOT_FOUND, message).of("model").code("model_not_found")
@@ -114,7 +114,7 @@ impl Error {
         }
     }
 
-    /// OpenAI's name for the kind of error.
+    /// Returns OpenAI's name for the kind of error.
     fn kind(&self) -> &'static str {
         match self.status.as_u16() {
             401 => "authentication_error",
@@ -126,7 +126,7 @@ impl Error {
         }
     }
 
-    /// The body of the answer, as OpenAI's API writes errors.
+    /// Returns the body of the answer, as OpenAI's API writes errors.
     pub fn body(&self) -> Value {
         json!({"error": {
             "message": self.message, "type": self.kind(), "param": self.param, "code": self.code,
@@ -158,7 +158,7 @@ impl From<Refusal> for Error {
     }
 }
 
-/// The context's length and what was asked of it.
+/// Returns the error for a request that is longer than the context.
 pub fn too_long(asked: usize, context: usize) -> Error {
     Error::bad(format!(
         "This model's maximum context length is {context} tokens, but prompt and answer together ask for {asked}; \

@@ -14,12 +14,12 @@ pub struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
-    /// Fields of an object. `prefix` stands before their names in messages.
+    /// Returns the fields of an object. `prefix` stands before their names in messages.
     pub fn new(map: &'a Map<String, Value>, prefix: &'static str) -> Fields<'a> {
         Fields { map, prefix }
     }
 
-    /// The field, unless it is missing or null.
+    /// Returns the field, unless it is missing or null.
     pub fn get(&self, name: &str) -> Option<&'a Value> {
         self.map.get(name).filter(|value| !value.is_null())
     }
@@ -30,19 +30,19 @@ impl<'a> Fields<'a> {
         Error::field(&name, format!("{name}: found {found}, expected {expected}"))
     }
 
-    /// The field as a string.
+    /// Returns the field as a string.
     pub fn text(&self, name: &str) -> Result<Option<&'a str>> {
         let read = |value: &'a Value| value.as_str().ok_or_else(|| self.wrong(name, "a string"));
         self.get(name).map(read).transpose()
     }
 
-    /// The field as true or false.
+    /// Returns the field as true or false.
     pub fn flag(&self, name: &str) -> Result<Option<bool>> {
         let read = |value: &Value| value.as_bool().ok_or_else(|| self.wrong(name, "true or false"));
         self.get(name).map(read).transpose()
     }
 
-    /// The field as a number in the range.
+    /// Returns the field as a number in the range.
     pub fn number(&self, name: &str, range: RangeInclusive<f64>) -> Result<Option<f32>> {
         let expected = || self.wrong(name, &format!("a number from {} to {}", range.start(), range.end()));
         let read = |value: &Value| {
@@ -51,7 +51,7 @@ impl<'a> Fields<'a> {
         self.get(name).map(read).transpose()
     }
 
-    /// The field as a whole number in the range.
+    /// Returns the field as a whole number in the range.
     pub fn integer(&self, name: &str, range: RangeInclusive<i64>) -> Result<Option<i64>> {
         let expected =
             || self.wrong(name, &format!("a whole number from {} to {}", range.start(), range.end()));
@@ -59,24 +59,24 @@ impl<'a> Fields<'a> {
         self.get(name).map(read).transpose()
     }
 
-    /// The field as a whole number in the range, which must not be negative.
+    /// Returns the field as a whole number in the range, which must not be negative.
     pub fn size(&self, name: &str, range: RangeInclusive<i64>) -> Result<Option<usize>> {
         Ok(self.integer(name, range)?.map(|number| number as usize))
     }
 
-    /// The field as an object.
+    /// Returns the field as an object.
     pub fn object(&self, name: &str) -> Result<Option<&'a Map<String, Value>>> {
         let read = |value: &'a Value| value.as_object().ok_or_else(|| self.wrong(name, "an object"));
         self.get(name).map(read).transpose()
     }
 
-    /// The field as a list.
+    /// Returns the field as a list.
     pub fn list(&self, name: &str) -> Result<Option<&'a Vec<Value>>> {
         let read = |value: &'a Value| value.as_array().ok_or_else(|| self.wrong(name, "a list"));
         self.get(name).map(read).transpose()
     }
 
-    /// Token ids.
+    /// Returns the field as a list of token ids.
     pub fn tokens(&self, name: &str) -> Result<Option<Vec<u32>>> {
         let Some(list) = self.list(name)? else { return Ok(None) };
         let wrong = || self.wrong(name, "a list of token ids");
@@ -120,14 +120,14 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// Names that are in no list and say something.
+    /// Returns the names of fields that are not known and have a value.
     pub fn unknown(&self, known: &[&str]) -> Vec<String> {
         let said = self.map.iter().filter(|(_, value)| !value.is_null()).map(|(name, _)| name);
         said.filter(|name| !known.contains(&name.as_str())).cloned().collect()
     }
 }
 
-/// A token id.
+/// Returns a token id.
 pub fn token(value: &Value) -> Option<u32> {
     value.as_u64().and_then(|id| u32::try_from(id).ok())
 }
@@ -137,7 +137,7 @@ fn whole(value: &Value) -> Option<i64> {
     value.as_i64().or_else(|| float().map(|number| number as i64))
 }
 
-/// A value for a message: cut where it is long.
+/// Returns a value for a message, cut if it is long.
 fn shown(value: &Value) -> String {
     let text = value.to_string();
     match text.char_indices().nth(60) {

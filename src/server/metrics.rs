@@ -19,7 +19,7 @@ const TOKENS: [f64; 14] =
 
 #[derive(Clone, Debug, Default)]
 struct Histogram {
-    /// For each border those at or below it and above the one before; the last is above all.
+    /// The count between each border and the one before it, the border included. The last count is above all borders.
     counts: Vec<u64>,
     sum: f64,
 }
@@ -99,12 +99,12 @@ impl Drop for Clock {
 }
 
 impl Clock {
-    /// It left the queue.
+    /// Records that the choice left the queue.
     pub fn started(&mut self) {
         self.started = Some(Instant::now());
     }
 
-    /// So many tokens came now.
+    /// Records that `count` tokens came now.
     pub fn tokens(&mut self, count: usize) {
         if count > 0 {
             let now = Instant::now();
@@ -139,7 +139,7 @@ impl Metrics {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A request begins: its adapters are in use until the result is dropped.
+    /// Counts a request that begins. Its adapters are in use until the result is dropped.
     pub fn uses(self: &Arc<Metrics>, ask: &Ask) -> InUse {
         let names: Vec<String> = ask.request.adapters.iter().map(|part| part.name.clone()).collect();
         let mut numbers = self.lock();
@@ -152,7 +152,7 @@ impl Metrics {
         InUse { names, metrics: self.clone() }
     }
 
-    /// A request was refused since too many wait.
+    /// Counts a request that was refused because too many wait.
     pub fn rejected(&self) {
         self.lock().rejected += 1;
     }
@@ -183,7 +183,7 @@ impl Metrics {
         }
     }
 
-    /// All of it; the engine's part only once it is there.
+    /// Returns all metrics; the engine's only once there is an engine.
     pub fn text(&self, model: Option<&Model>) -> String {
         let name = model.map_or("", |model| model.name.as_str());
         let labels = format!("engine=\"0\",model_name=\"{}\"", escaped(name));
@@ -274,7 +274,7 @@ impl Page {
         self.value("vllm:cache_config_info", &label, 1.0);
     }
 
-    /// As vLLM has it: adapters of requests that are answered, and how many are loaded.
+    /// Writes vLLM's metric about adapters: those of requests that are being answered, and the number of loaded ones.
     fn adapters(&mut self, in_use: &BTreeMap<String, usize>, model: Option<&Model>) {
         let names: Vec<String> = in_use.keys().map(|name| escaped(name)).collect();
         let loaded = model.map_or(0, |model| model.engine.adapters().len());

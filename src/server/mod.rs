@@ -38,7 +38,7 @@ pub fn is_name(name: &str) -> bool {
     (1..=128).contains(&name.len()) && name.chars().all(fits)
 }
 
-/// How a server listens.
+/// Options of a server's listener.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     /// Address and port to listen on.
@@ -56,7 +56,7 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// Port 8000 of this machine alone.
+    /// Returns options for port 8000, reachable from this machine alone.
     fn default() -> Options {
         Options {
             listen: SocketAddr::from(([127, 0, 0, 1], 8000)),
@@ -107,7 +107,7 @@ impl Server {
         Ok(Server { address, state, runtime: Some(runtime), accepting })
     }
 
-    /// The address on which it listens; the port that was found if 0 was asked for.
+    /// Returns the address on which it listens; the port that was found if 0 was asked for.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -117,7 +117,7 @@ impl Server {
         self.state.ready(model);
     }
 
-    /// Answers being given.
+    /// Returns the number of running answers.
     pub fn running(&self) -> usize {
         self.state.running()
     }

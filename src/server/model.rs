@@ -16,19 +16,19 @@ const TOKENS_MAX: usize = 1 << 20;
 /// An adapter's source, as a request names it -> its folder.
 pub type Bring = Arc<dyn Fn(&str) -> fault::Result<Brought> + Send + Sync>;
 
-/// An adapter's files, and where they came from.
+/// An adapter's files, and their source.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Brought {
     /// The PEFT folder.
     pub folder: PathBuf,
-    /// Its source and digest.
+    /// The adapter's source and digest.
     pub origin: Origin,
 }
 
 /// The source of an adapter.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Origin {
-    /// As it was named.
+    /// The source as the user named it.
     pub source: String,
     /// `sha256:...`: an image's manifest digest, or that of the adapter's two files.
     pub digest: String,
@@ -62,7 +62,7 @@ pub struct Named {
     state: Mutex<State>,
 }
 
-/// How the file of adapters stands that the server follows.
+/// The state of the file of adapters that the server follows.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct FileState {
     /// Names the text that was looked at last.
@@ -80,7 +80,7 @@ struct State {
 }
 
 impl Named {
-    /// Mixes that are there from the start.
+    /// Returns the names with the mixes that are there from the start.
     pub fn new(default: Option<String>, mixes: Vec<(String, Vec<Strength>)>) -> Named {
         Named { default, state: Mutex::new(State { mixes, ..State::default() }) }
     }
@@ -89,12 +89,12 @@ impl Named {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Every mix, in the order in which they were made.
+    /// Returns every mix, in the order in which they were made.
     pub fn mixes(&self) -> Vec<(String, Vec<Strength>)> {
         self.lock().mixes.clone()
     }
 
-    /// The parts of a mix.
+    /// Returns the parts of a mix.
     pub fn mix(&self, name: &str) -> Option<Vec<Strength>> {
         self.lock().mixes.iter().find(|(other, _)| other == name).map(|(_, parts)| parts.clone())
     }
@@ -116,7 +116,7 @@ impl Named {
         state.mixes.len() < before
     }
 
-    /// `None`: no file is followed.
+    /// Returns the state of the file of adapters; `None`: no file is followed.
     pub fn file(&self) -> Option<FileState> {
         self.lock().file.clone()
     }
@@ -126,26 +126,26 @@ impl Named {
         self.lock().file = Some(file);
     }
 
-    /// The source of a loaded adapter.
+    /// Returns the source of a loaded adapter.
     pub fn origin(&self, adapter: &str) -> Origin {
         self.lock().origins.get(adapter).cloned().unwrap_or_default()
     }
 
-    /// Remembers where an adapter came from.
+    /// Records the source of an adapter.
     pub fn set_origin(&self, adapter: &str, origin: Origin) {
         self.lock().origins.insert(adapter.to_owned(), origin);
     }
 }
 
 impl Model {
-    /// Every id a request may name.
+    /// Returns every id a request may name.
     pub fn names(&self) -> Vec<String> {
         let adapters = self.engine.adapters().into_iter().map(|adapter| adapter.name);
         let mixes = self.named.mixes().into_iter().map(|(name, _)| name);
         [self.name.clone()].into_iter().chain(adapters).chain(mixes).collect()
     }
 
-    /// The id that answers a request that names none.
+    /// Returns the id that answers a request that names none.
     pub fn default_name(&self) -> String {
         if let Some(name) = &self.named.default {
             return name.clone();
@@ -156,12 +156,12 @@ impl Model {
         }
     }
 
-    /// The name that `--default` gave to answer requests that name no model.
+    /// Returns the name that `--default` gave to answer requests that name no model.
     pub fn fixed_default(&self) -> Option<&str> {
         self.named.default.as_deref()
     }
 
-    /// The adapters and strengths that a name adds to the base.
+    /// Returns the adapters and strengths that a name adds to the base.
     pub fn named(&self, name: &str) -> Result<Vec<Strength>> {
         if let Some(mix) = self.named.mix(name) {
             return Ok(mix);
@@ -178,24 +178,24 @@ impl Model {
     /// Loads an adapter under a name.
     ///
     /// # Errors
-    /// It cannot be had, or it does not fit the base.
+    /// The adapter cannot be obtained, or it does not fit the base.
     pub fn load_adapter(&self, name: &str, brought: Brought) -> fault::Result<Adapter> {
         let adapter = self.engine.load_adapter(name, &brought.folder)?;
         self.named.set_origin(name, brought.origin);
         Ok(adapter)
     }
 
-    /// Token ids of a text; `specials` adds those that the tokenizer puts around a text. A very long text gives only
-    /// its beginning, with more tokens than the context holds.
+    /// Returns the token ids of a text; `specials` adds those that the tokenizer puts around a text. A very long text
+    /// gives only its beginning, with more tokens than the context holds.
     pub fn encode(&self, text: &str, specials: bool) -> Result<Vec<u32>> {
         let context = self.engine.facts().context;
         self.tokenizer.encode_beginning(text, specials, context).map_err(unusable)
     }
 
-    /// All token ids of a text.
+    /// Returns all token ids of a text.
     ///
     /// # Errors
-    /// They are more than `TOKENS_MAX`.
+    /// The text has more than `TOKENS_MAX` tokens.
     pub fn tokens(&self, text: &str, specials: bool) -> Result<Vec<u32>> {
         let ids = self.tokenizer.encode_beginning(text, specials, TOKENS_MAX).map_err(unusable)?;
         match ids.len() > TOKENS_MAX {

@@ -38,7 +38,7 @@ impl Body for Reply {
         }
     }
 
-    /// A whole body's length stands in the answer's header.
+    /// Returns the length of a whole body, which stands in the answer's header.
     fn size_hint(&self) -> SizeHint {
         match self {
             Reply::Whole(body) => body.size_hint(),
@@ -47,14 +47,14 @@ impl Body for Reply {
     }
 }
 
-/// A whole body of a content type.
+/// Returns a whole body of a content type.
 pub(super) fn typed(bytes: Bytes, content_type: &'static str) -> Response<Reply> {
     let mut response = Response::new(Reply::Whole(Full::new(bytes)));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
 }
 
-/// A value as JSON.
+/// Returns a value as JSON.
 pub(super) fn json_answer(value: &Value) -> Response<Reply> {
     typed(Bytes::from(value.to_string()), "application/json")
 }

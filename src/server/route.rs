@@ -42,7 +42,7 @@ const READING_BYTES_MAX: usize = 1 << 30;
 /// Memory of a value of JSON, and of a token while a text is tokenized.
 const VALUE_BYTES: usize = 64;
 const TOKEN_BYTES: usize = 256;
-/// LIMIT: letters of a header that names what had no effect.
+/// LIMIT: letters of the header that names fields without effect.
 const IGNORED_LETTERS_MAX: usize = 1000;
 
 /// The values that all connections share.
@@ -167,7 +167,7 @@ impl Service {
         }
     }
 
-    /// The model, for a new request.
+    /// Returns the model, for a new request.
     fn serving(&self) -> Result<Arc<Model>> {
         match self.state.phase() {
             Phase::Draining(_) => {
@@ -231,8 +231,8 @@ impl Service {
         self.read(request, work).await
     }
 
-    /// Reads a body, and then what it says, while other connections go on: tokens of a long prompt take a while. What
-    /// bodies and their values take in memory is bounded over all connections.
+    /// Reads a body and parses it while other connections go on, since tokens of a long prompt take a while. The memory
+    /// of bodies and their values is bounded over all connections.
     async fn read<T: Send + 'static>(
         &self,
         request: Request<Received>,
@@ -250,7 +250,8 @@ impl Service {
         })?
     }
 
-    /// Room for so many bytes of a body. Nobody waits for it, since everyone who waits has room that others wait for.
+    /// Returns the room for so many bytes of a body. Nobody waits for it, since everyone who waits has room that others
+    /// wait for.
     fn room(&self, bytes: usize) -> Result<OwnedSemaphorePermit> {
         let full = |_| Error::busy("Other requests take the memory for bodies; try again later");
         self.bodies.clone().try_acquire_many_owned(bytes as u32).map_err(full)
@@ -284,7 +285,7 @@ impl Service {
     }
 }
 
-/// The methods of a path, as the header `allow` lists them; `None`: there is no such path.
+/// Returns the methods of a path, as the header `allow` lists them; `None`: there is no such path.
 fn methods(path: &str) -> Option<&'static str> {
     match path {
         "/" | "/livez" | "/health" | "/healthz" | "/readyz" | "/metrics" | "/version" | "/v1/models"
@@ -326,12 +327,12 @@ const TOKENIZE: [&str; 13] = [
 const CHANGES: [&str; 3] = ["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/mixes"];
 const LOAD: [&str; 4] = ["lora_name", "lora_path", "load_inplace", "strength"];
 
-/// A name in an address: clients write `/` and other characters as `%2F`.
+/// Returns a name in an address: clients write `/` and other characters as `%2F`.
 fn decoded(name: &str) -> Cow<'_, str> {
     percent_decode_str(name).decode_utf8_lossy()
 }
 
-/// A caller sees which of its fields changed nothing. A header holds visible letters alone.
+/// Returns the header that lists the fields of a request that had no effect. A header holds visible letters alone.
 fn ignored_header(names: &[String]) -> Option<(HeaderName, HeaderValue)> {
     let letters = names.iter().flat_map(|name| name.chars().chain([','])).take(IGNORED_LETTERS_MAX);
     let letters: String = letters.map(|c| if c.is_ascii_graphic() { c } else { '?' }).collect();
@@ -344,7 +345,8 @@ fn digest(text: &str) -> [u8; 32] {
     Sha256::digest(text.as_bytes()).into()
 }
 
-/// Memory that reading a body may take: its values, and the tokens of its texts, of which so many are made at once.
+/// Returns the memory that reading a body may take: its values, and the tokens of its texts, of which so many are made
+/// at once.
 fn reading_bytes(body: &[u8]) -> u32 {
     let values = body.iter().filter(|byte| matches!(byte, b',' | b':' | b'[' | b'{')).count();
     let tokens = body.len().min(Tokenizer::TEXT_BYTES_AT_ONCE);
@@ -377,7 +379,7 @@ fn object(bytes: &[u8]) -> Result<Map<String, Value>> {
     }
 }
 
-/// KAITO's clients look for `detail`.
+/// Returns an error in the form of KAITO's server, whose clients read `detail`.
 fn failed(error: &Error, kaito: bool) -> Response<Reply> {
     let mut body = error.body();
     if kaito {
@@ -397,7 +399,7 @@ fn failed(error: &Error, kaito: bool) -> Response<Reply> {
     response
 }
 
-/// The answer to `GET /v1/models`.
+/// Returns the answer to `GET /v1/models`.
 pub fn models(model: &Model) -> Value {
     let context = model.engine.facts().context;
     let loaded = model.engine.adapters();
@@ -432,7 +434,7 @@ fn one_model(model: &Model, name: &str) -> Answer {
     found.map(json_answer).ok_or_else(|| Error::unknown_model(name, &model.names()))
 }
 
-/// vLLM's: `{prompt}` or `{messages}` -> `{tokens, count, max_model_len}`.
+/// Answers as vLLM does: `{prompt}` or `{messages}` -> `{tokens, count, max_model_len}`.
 fn tokenize(fields: &Fields, model: &Model) -> Answer {
     if let Some(name) = fields.text("model")? {
         model.named(name)?;
@@ -452,7 +454,8 @@ fn tokenize(fields: &Fields, model: &Model) -> Answer {
     Ok(json_answer(&answer))
 }
 
-/// vLLM's: what a client needs to count and join tokens as the server does. lm-evaluation-harness asks for it.
+/// Returns vLLM's description of the tokenizer, by which a client counts and joins tokens as the server does.
+/// lm-evaluation-harness requests it.
 fn tokenizer_info(model: &Model) -> Value {
     let tokenizer = &model.tokenizer;
     json!({
@@ -478,7 +481,7 @@ fn detokenize(fields: &Fields, model: &Model) -> Answer {
 mod tests {
     use super::*;
 
-    /// A short body has little weight; one of nothing but values has the weight of its values.
+    /// A short body has little weight. A body that consists of values has the weight of its values.
     #[test]
     fn a_body_weighs_what_reading_it_takes() {
         assert_eq!(reading_bytes(br#"{"prompt": [1, 2]}"#), (4 * VALUE_BYTES + 18 * TOKEN_BYTES) as u32);

@@ -24,7 +24,7 @@ pub enum Piece {
     Failed(Error),
 }
 
-/// How a choice ended.
+/// The end of a choice.
 #[derive(Clone, Debug, PartialEq)]
 pub struct End {
     /// `stop`, `length` or `tool_calls`.
@@ -44,7 +44,7 @@ pub struct Speaker {
     /// Looks for tool calls, if tools are offered.
     calls: Option<Calls>,
     stop_strings: bool,
-    /// Whether the text has what ended it.
+    /// Whether the text includes the string that ended it.
     include_stop: bool,
     stop_tokens: Vec<u32>,
     min_tokens: usize,
@@ -75,7 +75,7 @@ impl Speaker {
         }
     }
 
-    /// The next piece; nothing follows an end or a failure.
+    /// Returns the next piece; nothing follows an end or a failure.
     pub async fn next(&mut self) -> Piece {
         loop {
             match self.answer.next().await {
@@ -125,7 +125,8 @@ impl Speaker {
         }
     }
 
-    /// The text that is certain with this token. A control token that marks a call is text if tools are offered.
+    /// Returns the text that is certain with this token. A control token that marks a call is text if tools are
+    /// offered.
     fn text(&mut self, id: u32) -> String {
         let tokenizer = &self.model.tokenizer;
         if self.calls.is_some() && tokenizer.is_special(id) {

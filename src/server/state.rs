@@ -1,4 +1,4 @@
-//! Loading, ready, ending: what a server is in, and how its answers learn of the end.
+//! The phases of a server (loading, ready, ending), and the signal of the end to its answers.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,13 +15,13 @@ pub enum Phase {
     Loading,
     /// Requests are answered.
     Ready(Arc<Model>),
-    /// No new requests; running ones go on.
+    /// New requests are refused; running ones continue.
     Draining(Option<Arc<Model>>),
-    /// Running ones end now.
+    /// Running requests end now.
     Stopped,
 }
 
-/// One for the server; every connection has a copy.
+/// The state of one server; every connection has a copy.
 #[derive(Clone)]
 pub struct State {
     phase: Arc<watch::Sender<Phase>>,
@@ -43,7 +43,7 @@ impl Drop for Running {
     }
 }
 
-/// Tells an answer that it must end.
+/// The signal that an answer must end.
 #[derive(Clone)]
 pub struct Stop {
     phase: watch::Receiver<Phase>,
@@ -59,7 +59,7 @@ impl Stop {
 }
 
 impl State {
-    /// The present phase.
+    /// Returns the present phase.
     pub fn phase(&self) -> Phase {
         self.phase.borrow().clone()
     }
@@ -75,7 +75,7 @@ impl State {
         let _ended = phase.wait_for(|phase| matches!(phase, Phase::Stopped)).await.is_ok();
     }
 
-    /// The model is there; without effect once the server ends.
+    /// Sets the model as ready; without effect once the server ends.
     pub fn ready(&self, model: Arc<Model>) {
         self.phase.send_if_modified(|phase| match phase {
             Phase::Loading => {
@@ -86,18 +86,18 @@ impl State {
         });
     }
 
-    /// An answer begins.
+    /// Counts an answer that begins.
     pub fn begin(&self) -> Stop {
         self.running.fetch_add(1, Ordering::AcqRel);
         Stop { phase: self.phase.subscribe(), _running: Arc::new(Running(self.running.clone())) }
     }
 
-    /// Answers being given.
+    /// Returns the number of running answers.
     pub fn running(&self) -> usize {
         self.running.load(Ordering::Acquire)
     }
 
-    /// Takes no new requests and waits for the running ones, at most so long; then ends them.
+    /// Refuses new requests, and waits for the running ones for at most `grace`; then ends them.
     pub async fn drain(&self, grace: Duration) {
         self.phase.send_modify(|phase| {
             let model = if let Phase::Ready(model) = phase { Some(model.clone()) } else { None };
@@ -108,7 +108,7 @@ impl State {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         self.phase.send_replace(Phase::Stopped);
-        // They say why they end.
+        // The answers say why they end.
         let end = tokio::time::Instant::now() + Duration::from_secs(1);
         while self.running() > 0 && tokio::time::Instant::now() < end {
             tokio::time::sleep(Duration::from_millis(10)).await;

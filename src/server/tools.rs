@@ -34,7 +34,7 @@ const ARGUMENTS: &str = "[ARGS]";
 /// A call of a tool.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Call {
-    /// 9 letters and digits, which is what Mistral's templates take back.
+    /// 9 letters and digits, the form that Mistral's templates accept.
     pub id: String,
     /// Name of the function.
     pub name: String,
@@ -52,7 +52,7 @@ pub struct Said {
 }
 
 impl Said {
-    /// Content alone.
+    /// Returns the content alone.
     pub fn text(text: String) -> Said {
         Said { text, calls: Vec::new() }
     }
@@ -79,7 +79,7 @@ pub struct Offer {
     pub parallel: bool,
 }
 
-/// The tools of a request; `None`: there are none, or none may be called.
+/// Returns the tools of a request; `None`: there are none, or none may be called.
 ///
 /// # Errors
 /// A tool is no function, or the choice cannot be granted.
@@ -116,7 +116,8 @@ pub fn offer(fields: &Fields) -> Result<Option<Offer>> {
     Ok((!names.is_empty() && choice == "auto").then_some(Offer { names, parallel }))
 }
 
-/// Control tokens that begin or end calls: they leave no text elsewhere, and must here.
+/// Returns whether a control token begins or ends calls. Such a token must leave text here, unlike other control
+/// tokens.
 pub fn is_marker(text: &str) -> bool {
     text == ARGUMENTS || MARKERS.iter().any(|(begin, end)| text == *begin || text == *end)
 }
@@ -126,22 +127,22 @@ pub fn is_marker(text: &str) -> bool {
 pub struct Calls {
     offer: Offer,
     held: String,
-    /// Whether something that is no blank was said.
+    /// Whether the text has had a character other than a blank.
     begun: bool,
     made: usize,
 }
 
-/// The marker that the held text begins with.
+/// The finding about the beginning of the held text.
 enum Look {
     /// Nothing of a call: content up to here.
     Content(usize),
-    /// It may become one.
+    /// The text may become a marker.
     Wait,
     Group(Vec<(String, String)>, usize),
 }
 
 impl Calls {
-    /// Nothing was said yet.
+    /// Returns the state before any text.
     pub fn new(offer: Offer) -> Calls {
         Calls { offer, held: String::new(), begun: false, made: 0 }
     }
@@ -151,13 +152,13 @@ impl Calls {
         self.made > 0
     }
 
-    /// Adds text; returns what is certain with it.
+    /// Adds text, and returns the parts that are certain with it.
     pub fn push(&mut self, text: &str) -> Said {
         self.held += text;
         self.read(false)
     }
 
-    /// The text that was held back until the end of the answer.
+    /// Returns the text that was held back until the end of the answer.
     pub fn finish(&mut self) -> Said {
         let said = self.read(true);
         let rest = std::mem::take(&mut self.held);
@@ -223,7 +224,7 @@ impl Calls {
         self.content(ended)
     }
 
-    /// Llama's form without a marker: the whole answer is objects, each naming a tool that was offered.
+    /// Reads Llama's form without a marker: the whole answer is objects, each naming a tool that was offered.
     fn bare(&self, blank: usize, ended: bool) -> Look {
         match group(&self.held[blank..]) {
             Group::Whole(calls, length) if calls.iter().all(|(name, _)| self.offer.names.contains(name)) => {
@@ -234,7 +235,7 @@ impl Calls {
         }
     }
 
-    /// Content up to the first marker, or up to what may become one.
+    /// Returns the content up to the first marker, or up to text that may become one.
     fn content(&self, ended: bool) -> Look {
         let text = &self.held;
         let found = MARKERS.iter().filter_map(|(begin, _)| text.find(begin)).min();
@@ -296,7 +297,7 @@ fn group(text: &str) -> Group {
     }
 }
 
-/// Mistral's newer form: `name[ARGS]{...}` or `name{...}`.
+/// Reads Mistral's newer form: `name[ARGS]{...}` or `name{...}`.
 fn named(text: &str) -> Group {
     let Some(at) = text.find('{') else {
         return if text.len() < 256 { Group::Partial } else { Group::No };
@@ -317,7 +318,7 @@ fn named(text: &str) -> Group {
     }
 }
 
-/// `{"name": ..., "arguments" or "parameters": {...}}`, perhaps below `function`.
+/// Reads `{"name": ..., "arguments" or "parameters": {...}}`, perhaps below `function`.
 fn call(value: &Value) -> Option<(String, String)> {
     let value = if value["function"].is_object() { &value["function"] } else { value };
     let name = value.get("name")?.as_str()?.to_owned();
@@ -331,7 +332,7 @@ fn call(value: &Value) -> Option<(String, String)> {
     Some((name, arguments))
 }
 
-/// Bytes at the end of `text` that begin `marker`.
+/// Returns the number of bytes at the end of `text` that begin `marker`.
 fn overlap(text: &str, marker: &str) -> usize {
     let most = (marker.len() - 1).min(text.len());
     (1..=most).rev().find(|&length| text.as_bytes().ends_with(&marker.as_bytes()[..length])).unwrap_or(0)
@@ -355,7 +356,7 @@ fn new_id() -> String {
 mod tests {
     use super::*;
 
-    /// Content and calls, whatever the pieces are in which the text comes.
+    /// Returns content and calls. The result must not depend on the pieces in which the text comes.
     fn read(text: &str, parallel: bool) -> (String, Vec<(String, String)>) {
         let offer = Offer { names: vec!["look".into(), "add".into()], parallel };
         let mut all = Vec::new();

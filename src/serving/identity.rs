@@ -16,7 +16,7 @@ pub enum Verdict {
     Another,
 }
 
-/// Compares what an image's annotations call its base with what the served base is called.
+/// Compares the names of the base in an image's annotations with the names of the served base.
 pub fn compare(annotated: &[String], served: &[String]) -> Verdict {
     let (theirs, ours) = (names(annotated), names(served));
     if annotated.is_empty() || theirs.intersection(&ours).next().is_some() {
@@ -73,7 +73,7 @@ fn is_known(name: &str) -> bool {
     scheme || hub || presets::find(&plain).is_ok()
 }
 
-/// Everything that the names may be called by, in lower case.
+/// Returns all forms of the names, in lower case.
 fn names(list: &[String]) -> BTreeSet<String> {
     let mut all = BTreeSet::new();
     for name in list {
@@ -91,7 +91,7 @@ fn names(list: &[String]) -> BTreeSet<String> {
     all
 }
 
-/// Without scheme, revision, tag and digest; in lower case.
+/// Returns a name without scheme, revision, tag and digest; in lower case.
 fn plain(name: &str) -> String {
     let lower = name.trim().trim_end_matches('/').to_lowercase();
     let rest = ["hf://", "oci://", "preset:"].iter().find_map(|scheme| lower.strip_prefix(scheme));

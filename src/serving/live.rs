@@ -1,8 +1,8 @@
 //! A file of adapters and mixes -> what a running server answers with, as often as the file changes.
 //!
-//! A controller writes the file (a mounted ConfigMap) and needs no way to the server; a server that starts later reads
-//! the same file. A change is taken whole or not at all: what cannot be had or does not fit leaves what is served as it
-//! is, and `/v1/models` says why.
+//! A controller writes the file (a mounted ConfigMap) and needs no connection to the server; a server that starts later
+//! reads the same file. A change is applied whole or not at all. If an adapter cannot be fetched or does not fit, the
+//! served adapters stay as they are, and `/v1/models` says why.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -48,7 +48,7 @@ struct Adapter {
     source: String,
 }
 
-/// As `POST /v1/mixes` takes one.
+/// A mix in the form of `POST /v1/mixes`.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Mix {
@@ -63,12 +63,12 @@ struct Part {
     strength: f32,
 }
 
-/// Names a text of the file: whoever wrote it compares.
+/// Returns the digest of the file's text, which its writer compares with the digest of the written text.
 pub fn file_digest(text: &str) -> String {
     format!("sha256:{}", source::digest(text.as_bytes()))
 }
 
-/// The file, and what of it is served.
+/// The file, and the part of it that is served.
 pub struct Live {
     file: PathBuf,
     model: Arc<Model>,
@@ -88,7 +88,7 @@ impl Live {
     /// Takes the file for the first time.
     ///
     /// # Errors
-    /// Config: it cannot be read or is none. What keeps an adapter from being served.
+    /// Config: the file cannot be read or parsed. The fault of an adapter that cannot be served.
     pub fn start(file: &Path, model: Arc<Model>, bring: Bring, report: &Report) -> Result<Live> {
         let mut live = Live {
             file: file.to_owned(),
@@ -165,7 +165,7 @@ impl Live {
         taken
     }
 
-    /// The adapters of the text, with names that can be told apart and mixes of adapters that are there.
+    /// Returns the adapters of the text, with names that differ and mixes of adapters that exist.
     fn parse(&self, text: &str) -> Result<Wanted> {
         let wrong = |why: String| {
             Fault::config(format!("--adapters-file {}: {why}", self.file.display())).help(

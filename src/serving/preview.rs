@@ -15,7 +15,7 @@ use crate::plan::Serving;
 pub struct Preview<'a> {
     serving: &'a Serving,
     facts: Facts,
-    /// One for each GPU, or why the server does not fit it.
+    /// The plan for each GPU, or the reason why the server does not fit it.
     plans: Vec<std::result::Result<(Machine, Plan), Small>>,
 }
 
@@ -61,7 +61,7 @@ pub fn preview<'a>(
 }
 
 impl Preview<'_> {
-    /// The preview as text for people.
+    /// Returns the preview as text for people.
     pub fn text(&self) -> String {
         let facts = &self.facts;
         let mut text = format!(
@@ -81,7 +81,7 @@ impl Preview<'_> {
         text
     }
 
-    /// The preview as JSON: an object for one GPU, a list for several.
+    /// Returns the preview as JSON: an object for one GPU, a list for several.
     pub fn json(&self) -> Json {
         let list = self.plans.iter().map(|plan| match plan {
             Ok((machine, plan)) => self.json_of(machine, plan),

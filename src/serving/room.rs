@@ -31,7 +31,7 @@ pub struct Size {
     pub context: Option<usize>,
     /// `None`: as memory allows.
     pub cache_tokens: Option<usize>,
-    /// How keys and values are kept.
+    /// The type of keys and values in the cache.
     pub cache: CacheType,
 }
 
@@ -39,7 +39,7 @@ pub struct Size {
 pub struct Described {
     /// The model.
     pub facts: Facts,
-    /// How linear layers are held: as asked for, or as the checkpoint has them.
+    /// The storage of linear layers: the requested one, or that of the checkpoint.
     pub quantization: Quantization,
     bf16_checkpoint: bool,
 }
@@ -89,7 +89,7 @@ pub fn divide(
     })
 }
 
-/// Bytes that an adapter takes when it is loaded; told by the header of its file.
+/// Returns the number of bytes that an adapter takes when it is loaded, computed from the header of its file.
 ///
 /// # Errors
 /// Model: the file is no safetensors.
@@ -123,7 +123,7 @@ pub fn adapter_bytes(folder: &Path, place: Place, precision: Precision) -> Resul
     Ok(values.fold(0, u64::saturating_add).saturating_mul(bytes))
 }
 
-/// The plan of a server that is not started: for this machine, or for a card by its name. Nothing is fetched.
+/// Returns the plan of a server that is not started: for this machine, or for a card by its name. Nothing is fetched.
 ///
 /// # Errors
 /// Usage: no such card. Config: the model is not here, and its size is in no table. Others as [`divide`].
@@ -148,7 +148,7 @@ pub fn ahead(
     Ok((described, machine, divided))
 }
 
-/// A preset's sizes are known without its files.
+/// Describes the model. A preset's sizes are known without its files.
 fn by_name(plan: &Serving) -> Result<Described> {
     let shape = presets::find(&plan.base.name()).ok().and_then(|preset| preset.shape.as_deref());
     let missing = || {

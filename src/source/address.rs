@@ -43,8 +43,8 @@ fn forbidden_v4(address: Ipv4Addr) -> bool {
     address.is_link_local() || METADATA_V4.contains(&address)
 }
 
-/// The IPv4 address that an IPv6 address leads to: NAT64 (`64:ff9b::/96` and `64:ff9b:1::/48`), 6to4 (`2002::/16`),
-/// and the old compatible form (`::a.b.c.d`).
+/// Returns the IPv4 address that an IPv6 address leads to: NAT64 (`64:ff9b::/96` and `64:ff9b:1::/48`), 6to4
+/// (`2002::/16`), and the old compatible form (`::a.b.c.d`).
 fn embedded(address: Ipv6Addr) -> Option<Ipv4Addr> {
     let s = address.segments();
     let v4 = |high: u16, low: u16| Some(Ipv4Addr::from((u32::from(high) << 16) | u32::from(low)));

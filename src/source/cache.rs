@@ -34,9 +34,9 @@ pub struct Cache {
 pub struct Blob {
     /// The file.
     pub path: PathBuf,
-    /// Its length.
+    /// The file's length.
     pub bytes: u64,
-    /// Its digest in hex.
+    /// The file's digest in hex.
     pub sha256: String,
 }
 
@@ -58,7 +58,7 @@ pub struct Slot {
 }
 
 impl Cache {
-    /// The cache in `folder`, which need not exist yet.
+    /// Returns the cache in `folder`, which need not exist yet.
     pub fn new(folder: &Path) -> Cache {
         Cache { folder: folder.to_owned() }
     }
@@ -119,7 +119,7 @@ impl Cache {
     }
 
     /// Removes the temporary files that killed processes left in the folders of URLs. A folder that is in use stays as
-    /// it is. A URL whose file is no longer asked for would keep them for good otherwise.
+    /// it is. Otherwise a URL that is no longer requested would keep them permanently.
     pub fn collect(&self) {
         for entry in fs::read_dir(self.folder.join("url")).into_iter().flatten().flatten() {
             let lock = plain::open(&entry.path().join("lock"));
@@ -151,7 +151,8 @@ impl Cache {
         require_space(&self.folder, name, bytes)
     }
 
-    /// Bytes of the URL's file that are in the cache: the whole file if its digest is known, else the partial one.
+    /// Returns the number of bytes of the URL's file that are in the cache: the whole file if its digest is known, else
+    /// the partial one.
     pub fn held(&self, url: &Url, sha256: Option<&str>) -> u64 {
         let whole = sha256.filter(|sha256| is_sha256(sha256)).map(|sha256| self.blob_path(sha256));
         let bytes = |path: PathBuf| fs::metadata(path).ok().map(|data| data.len());
@@ -168,7 +169,7 @@ impl Cache {
 }
 
 impl Slot {
-    /// The URL's last result. `None`: there is none, or its record is unreadable.
+    /// Returns the URL's last result. `None`: there is none, or its record is unreadable.
     pub fn entry(&self) -> Option<Entry> {
         serde_json::from_slice(&plain::small(&self.entry_path()).ok()?).ok()
     }
@@ -187,7 +188,7 @@ impl Slot {
     }
 }
 
-/// Free bytes on the volume of a folder.
+/// Returns the free bytes on the volume of a folder.
 pub fn free_bytes(folder: &Path) -> Result<u64> {
     fs4::available_space(folder).map_err(|error| Fault::storage("ask for the free space of", folder, &error))
 }

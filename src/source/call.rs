@@ -1,5 +1,5 @@
-//! A small request to a service of the user's -> its answer, for plain code: trackers, gateways. One attempt, with
-//! a time limit; whoever calls decides what a failure means.
+//! A small request to a service of the user's -> its answer, for synchronous code: trackers, gateways. There is one
+//! attempt, with a time limit; the caller decides what a failure means.
 
 use std::path::Path;
 use std::time::Duration;
@@ -23,7 +23,7 @@ pub struct Caller {
 }
 
 impl Drop for Caller {
-    /// A name that is being looked up is not waited for.
+    /// Drops the runtime without waiting for a name that is being looked up.
     fn drop(&mut self) {
         self.client = None;
         self.runtime.take().into_iter().for_each(Runtime::shutdown_background);
@@ -46,7 +46,7 @@ pub struct Call<'a> {
 }
 
 impl Caller {
-    /// A client that also trusts the root certificates of `ca_file` (PEM).
+    /// Returns a client that also trusts the root certificates of `ca_file` (PEM).
     ///
     /// # Errors
     /// Config: `ca_file` cannot be used. Internal: no runtime can be started.
@@ -68,7 +68,7 @@ impl Caller {
         Ok(Caller { runtime: Some(runtime), client: Some(client) })
     }
 
-    /// Status and body of the answer; a text that says why there is none.
+    /// Returns the status and body of the answer; a text that says why there is none.
     pub fn call(&self, call: &Call) -> std::result::Result<(u16, Vec<u8>), String> {
         let method = Method::from_bytes(call.method.as_bytes()).map_err(|error| error.to_string())?;
         let url = Url::parse(call.url).map_err(|error| error.to_string())?;

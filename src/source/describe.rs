@@ -67,12 +67,12 @@ fn untrusted(name: &str, why: &rustls::CertificateError) -> Failure {
     Fault::config(format!("{name}: the server is not trusted: {why}")).help(help).into()
 }
 
-/// The innermost error's text. The outer errors of reqwest and hyper only say "error sending request".
+/// Returns the innermost error's text. The outer errors of reqwest and hyper only say "error sending request".
 pub fn innermost(error: &reqwest::Error) -> String {
     printable(&chain(error).last().expect("a chain begins with its error").to_string())
 }
 
-/// The text as one line of bounded length without control characters.
+/// Returns the text as one line of bounded length without control characters.
 pub fn printable(text: &str) -> String {
     text.chars().filter(|char| !char.is_control()).take(FOREIGN_CHARS_MAX).collect()
 }
@@ -81,12 +81,12 @@ fn find<'a, E: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a 
     chain(error).find_map(|error| error.downcast_ref())
 }
 
-/// An error and its causes.
+/// Returns an error and its causes.
 fn chain<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
     std::iter::successors(Some(error), |&error| wrapped(error))
 }
 
-/// The cause of an error. `io::Error::source` skips the error it wraps, so that one is asked for first.
+/// Returns the cause of an error. `io::Error::source` skips the error it wraps, so that one is asked for first.
 fn wrapped<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'static)> {
     match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
         Some(inner) => Some(inner),

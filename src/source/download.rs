@@ -154,7 +154,7 @@ impl<'a> Downloads<'a> {
         Ok(())
     }
 
-    /// The whole file that this URL gave before, if it is what is expected now.
+    /// Returns the whole file that this URL gave before, if it is the expected one.
     fn cached(&self, job: &Job, slot: &Slot) -> Result<Option<(Entry, Blob)>> {
         let Some(entry) =
             slot.entry().filter(|entry| job.expected.is_none_or(|sha256| sha256 == entry.sha256))
@@ -184,7 +184,7 @@ impl<'a> Downloads<'a> {
                 Ok(ended) => ended,
                 Err(_) => return Err(self.out_of_time(job, &partial, attempts)),
             };
-            // An attempt that brought new bytes resets the count, even if it failed in the end.
+            // An attempt that received new bytes resets the count, even if it failed in the end.
             let stalled =
                 self.options.speed.is_stalled(partial.bytes().saturating_sub(before), began.elapsed());
             if partial.bytes() > farthest && !stalled {
@@ -379,7 +379,7 @@ impl<'a> Downloads<'a> {
     }
 }
 
-/// A URL's path as text.
+/// Returns a URL's path as text.
 fn percent_decoded(path: &str) -> String {
     object_store::path::Path::from_url_path(path).map_or_else(
         |_| path.to_owned(),
@@ -390,14 +390,14 @@ fn percent_decoded(path: &str) -> String {
     )
 }
 
-/// The fault of a file that has not the digest that was given, and its cause in a few words.
+/// Returns the fault of a file without the given digest, and its cause in a few words.
 fn unexpected(job: &Job, sha256: &str) -> Option<(Fault, String)> {
     let expected = job.expected.filter(|&expected| expected != sha256)?;
     let cause = format!("its sha256 is {sha256}, not the expected one");
     Some((local::mismatch(job.name, expected, sha256), cause))
 }
 
-/// The same for the digest that the server itself stated.
+/// Returns the same for the digest that the server itself stated.
 fn contradicted(job: &Job, stated: Option<(Algorithm, bool)>) -> Option<(Fault, String)> {
     let (algorithm, _) = stated.filter(|(_, holds)| !holds)?;
     let cause = format!("its {algorithm} is not the one that the server states");

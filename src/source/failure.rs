@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::fault::Fault;
 
-/// The reason why an attempt brought no more bytes.
+/// The reason why an attempt received no more bytes.
 pub enum Failure {
     /// A retry can help.
     Retry {
@@ -26,12 +26,12 @@ impl From<Fault> for Failure {
 }
 
 impl Failure {
-    /// A failure after which the download can be resumed.
+    /// Returns a failure after which the download can be resumed.
     pub fn retry(cause: impl Into<String>) -> Failure {
         Failure::Retry { cause: cause.into(), after: None, from_start: false }
     }
 
-    /// A failure after which the download must begin again.
+    /// Returns a failure after which the download must begin again.
     pub fn from_start(cause: impl Into<String>) -> Failure {
         Failure::Retry { cause: cause.into(), after: None, from_start: true }
     }

@@ -26,12 +26,12 @@ pub fn read(mut from: impl Read, mut each: impl FnMut(u64)) -> io::Result<(u64, 
     }
 }
 
-/// The digest in lower-case hex.
+/// Returns the digest in lower-case hex.
 pub fn hex(hasher: Sha256) -> String {
     words::hex(hasher.finalize())
 }
 
-/// The SHA-256 of `bytes` in lower-case hex.
+/// Returns the SHA-256 of `bytes` in lower-case hex.
 pub fn of(bytes: &[u8]) -> String {
     hex(Sha256::new_with_prefix(bytes))
 }

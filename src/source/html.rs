@@ -13,7 +13,7 @@ pub fn looks_like_html(first_bytes: &[u8]) -> bool {
         .any(|tag| text.len() >= tag.len() && text[..tag.len()].eq_ignore_ascii_case(tag.as_bytes()))
 }
 
-/// The page's title for a message: one line without control characters.
+/// Returns the page's title for a message: one line without control characters.
 pub fn title(first_bytes: &[u8]) -> Option<String> {
     let text = String::from_utf8_lossy(first_bytes);
     // Changing ASCII letters to lower case keeps byte positions.

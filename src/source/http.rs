@@ -81,7 +81,7 @@ impl Validators {
         }
     }
 
-    /// The value for `If-Range`: a strong ETag, or else a date that cannot belong to two versions (RFC 9110,
+    /// Returns the value for `If-Range`: a strong ETag, or else a date that cannot belong to two versions (RFC 9110,
     /// 13.1.5).
     pub fn for_range(&self) -> Option<&str> {
         let etag = self.etag.as_deref().filter(|etag| etag.starts_with('"'));

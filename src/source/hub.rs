@@ -46,13 +46,13 @@ impl Hub {
         url.origin() == self.endpoint.origin()
     }
 
-    /// The authorization header for a request to `url`. The HTTP client drops it at a redirect to another host or
-    /// port.
+    /// Returns the authorization header for a request to `url`. The HTTP client drops it at a redirect to another host
+    /// or port.
     pub fn authorization(&self, url: &Url) -> Option<&HeaderValue> {
         self.authorization.as_ref().filter(|_| self.owns(url))
     }
 
-    /// Help for a 401 or 403 response of the hub.
+    /// Returns the help for a 401 or 403 response of the hub.
     pub fn help(&self) -> &'static str {
         match self.authorization {
             Some(_) => {
@@ -77,7 +77,7 @@ fn header(token: &str, origin: &str) -> Result<HeaderValue> {
     Ok(value)
 }
 
-/// (token, where it was found), for the first token found.
+/// Returns (token, its place) of the first token found.
 fn token(variable: &dyn Fn(&str) -> Option<String>) -> Option<(String, String)> {
     let home = variable("HF_HOME").map(PathBuf::from);
     let usual = || Some(PathBuf::from(variable("HOME")?).join(".cache/huggingface"));

@@ -31,7 +31,7 @@ const ABOUT_DATA: [&str; 4] = ["dataset_info.json", "dataset_infos.json", "datas
 /// Endings of compression that may follow a data file's own.
 const PACKINGS: [&str; 4] = [".gz", ".gzip", ".zst", ".zstd"];
 
-/// The files that a path source names; none for a URL.
+/// Returns the files that a path source names; none for a URL.
 ///
 /// # Errors
 /// Data: nothing is there, or it holds no data file. Config: an invalid glob, or one digest for several files.
@@ -66,7 +66,7 @@ pub fn verify(path: PathBuf, expected: Option<&str>, report: &Report) -> Result<
     Ok(File { path, name, bytes, sha256, entry: 0 })
 }
 
-/// The data fault for a file with another digest than expected.
+/// Returns the data fault for a file with another digest than expected.
 pub fn mismatch(name: &str, expected: &str, found: &str) -> Fault {
     Fault::data(format!("{name}: sha256 is {found}, expected {expected}"))
         .help("the file was changed or damaged, or the digest belongs to another version")
@@ -94,8 +94,8 @@ struct Search<'a> {
 }
 
 impl Search<'_> {
-    /// All data files below a folder that are of the first kind found. Datasets are often one or two levels down
-    /// (`data/data/*.parquet`).
+    /// Returns all data files below a folder that are of the first kind found. Datasets are often one or two levels
+    /// down (`data/data/*.parquet`).
     fn directory(&self, folder: &Path) -> Result<Vec<PathBuf>> {
         let mut files = Vec::new();
         walk(folder, 0, &mut files)?;
@@ -147,7 +147,7 @@ pub fn of_first_kind<T>(
     Ok(data)
 }
 
-/// The files whose names match a glob, in their order.
+/// Returns the files whose names match a glob, in their order.
 ///
 /// # Errors
 /// Config: an invalid glob. Data: no file matches.

@@ -46,13 +46,13 @@ use crate::fault::{Fault, Result};
 use crate::interrupt;
 use crate::report::Report;
 
-/// Removes what killed processes left in a cache folder, except where a process is at work. What cannot be removed does
-/// no harm.
+/// Removes files that killed processes left in a cache folder, except those of a process at work. A file that cannot be
+/// removed does no harm.
 pub fn collect(cache: &std::path::Path) {
     cache::Cache::new(cache).collect();
 }
 
-/// Bytes of a URL's file that an earlier `fetch` left in the cache, whole or not.
+/// Returns the number of bytes of a URL's file that an earlier `fetch` left in the cache, whole or not.
 pub fn held(source: &Source, cache: &Path) -> u64 {
     match source {
         Source::Url { url, sha256 } => cache::Cache::new(cache).held(url, sha256.as_deref()),

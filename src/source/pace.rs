@@ -1,4 +1,4 @@
-//! Bytes as they arrive -> whether they come fast enough to wait for.
+//! Bytes as they arrive -> whether they arrive fast enough to wait for the rest.
 //!
 //! A server that sends one byte per second keeps every timeout for silence from ending. A job would hold its GPU
 //! for hours and train on nothing.
@@ -20,12 +20,12 @@ impl Speed {
     /// LIMIT: a thirtieth of a slow line. Anything slower does not download a model in a day.
     pub const LEAST: Speed = Speed { least: 16 << 10, window: Duration::from_secs(60) };
 
-    /// Bytes that must arrive in a window.
+    /// Returns the number of bytes that must arrive in a window.
     pub fn window_bytes(&self) -> u64 {
         (self.least as f64 * self.window.as_secs_f64()) as u64
     }
 
-    /// Returns whether an attempt of this duration brought too little to count as progress.
+    /// Returns whether an attempt of this duration received too few bytes to count as progress.
     pub fn is_stalled(&self, bytes: u64, time: Duration) -> bool {
         time >= self.window && bytes < self.window_bytes()
     }

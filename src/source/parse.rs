@@ -37,7 +37,7 @@ impl Source {
         }
     }
 
-    /// The source as the user named it, without user, password, query and fragment.
+    /// Returns the source as the user named it, without user, password, query and fragment.
     pub fn name(&self) -> String {
         match self {
             Source::Url { url, .. } => bare(url).to_string(),
@@ -145,7 +145,7 @@ fn bare(url: &Url) -> Url {
     url
 }
 
-/// The scheme of a text that is not a URL, and its part between user and query.
+/// Returns the scheme of a text that is not a URL, and its part between user and query.
 fn without_secrets(text: &str) -> String {
     let end = text.find(['?', '#']).unwrap_or(text.len());
     match text[..end].split_once("://") {

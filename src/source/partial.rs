@@ -37,7 +37,7 @@ struct Version {
 }
 
 impl Partial {
-    /// Opens what an earlier attempt left, or an empty file if nothing can be resumed.
+    /// Opens the file that an earlier attempt left, or an empty file if nothing can be resumed.
     pub fn open(path: &Path, version_path: &Path) -> Result<Partial> {
         let mut file = plain::own(path).map_err(|error| Fault::storage("open", path, &error))?;
         let (bytes, hasher) =
@@ -56,17 +56,17 @@ impl Partial {
         Ok(partial)
     }
 
-    /// Bytes that are here.
+    /// Returns the number of bytes that are here.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// Length of the whole file, if known.
+    /// Returns the length of the whole file, if known.
     pub fn total(&self) -> Option<u64> {
         self.version.total
     }
 
-    /// The version that the bytes belong to.
+    /// Returns the version that the bytes belong to.
     pub fn validators(&self) -> &Validators {
         &self.version.validators
     }
@@ -109,7 +109,7 @@ impl Partial {
         Ok(())
     }
 
-    /// The first bytes, at most `bytes_max`.
+    /// Returns the first bytes, at most `bytes_max`.
     pub fn head(&mut self, bytes_max: u64) -> Result<Vec<u8>> {
         let mut head = Vec::new();
         self.file
@@ -119,7 +119,7 @@ impl Partial {
         Ok(head)
     }
 
-    /// The digest of the bytes so far, in hex.
+    /// Returns the digest of the bytes so far, in hex.
     pub fn sha256(&self) -> String {
         hash::hex(self.hasher.clone())
     }

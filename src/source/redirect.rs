@@ -1,4 +1,4 @@
-//! Redirects of downloads: which are followed, and why another is not.
+//! Redirects of downloads: the rules for following one, and the reasons against it.
 
 use reqwest::redirect;
 
@@ -7,7 +7,7 @@ use super::address;
 /// LIMIT: honest chains have one to three redirects.
 const REDIRECTS_MAX: usize = 10;
 
-/// The redirect rules: at most ten, never from https to http, never to a link-local address.
+/// Returns the redirect rules: at most ten, never from https to http, never to a link-local address.
 pub fn redirects() -> redirect::Policy {
     redirect::Policy::custom(redirect)
 }

@@ -1,4 +1,4 @@
-//! A request with a body of any size -> its answer, tried again while that can help. For uploads by plain code.
+//! A request with a body of any size -> its answer, tried again while that can help. For uploads by synchronous code.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -40,7 +40,7 @@ pub struct Sender {
 }
 
 impl Drop for Sender {
-    /// A name that is being looked up is not waited for.
+    /// Drops the runtime without waiting for a name that is being looked up.
     fn drop(&mut self) {
         self.client = None;
         self.runtime.take().into_iter().for_each(Runtime::shutdown_background);
@@ -96,7 +96,7 @@ impl Answer {
         (200..300).contains(&self.status)
     }
 
-    /// Status and the server's own words, for messages.
+    /// Returns the status and the server's own words, for messages.
     pub fn told(&self) -> String {
         let text = describe::printable(&String::from_utf8_lossy(&self.body));
         let text: String = text.trim().chars().take(400).collect();
@@ -133,8 +133,8 @@ impl Sender {
         Ok(Sender { runtime, client, attempts_max, first_pause, timeout })
     }
 
-    /// The answer of the first attempt whose failure another attempt would not mend. An answer that refuses is an
-    /// answer: the caller knows what it means.
+    /// Returns the first answer that another attempt would not change. A refusal is an answer too; the caller knows its
+    /// meaning.
     ///
     /// # Errors
     /// Push: there was no answer in `attempts_max` attempts. Interrupted: a signal came; only the push is left.
@@ -215,13 +215,13 @@ impl Sender {
     }
 }
 
-/// The fault of a signal during a push.
+/// Returns the fault of a signal during a push.
 fn stopped() -> Fault {
     Fault::new(Kind::Interrupted, "stopped by a signal while pushing; the adapter is in its folder")
         .help("start it again: only the push is left")
 }
 
-/// A body and its length.
+/// Returns a body and its length.
 fn body(content: &Content) -> std::io::Result<(Body, u64)> {
     match content {
         Content::Bytes(bytes) => Ok((bytes.clone().into(), bytes.len() as u64)),

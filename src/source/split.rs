@@ -1,4 +1,4 @@
-//! The name of a data file -> the split that it shows, by the words that the hub and `datasets` go by.
+//! The name of a data file -> the split that it shows, by the words of the hub and `datasets`.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ const WORDS: [(&str, &[&str]); 3] = [
     ("test", &["test", "testing"]),
 ];
 
-/// The split that a path shows with one of its words, in any letter case: `data/test-00000-of-00001.parquet`.
+/// Returns the split that a path shows with one of its words, in any letter case: `data/test-00000-of-00001.parquet`.
 pub fn of(path: &str) -> Option<&'static str> {
     let path = path.to_lowercase();
     let words: Vec<&str> = path.split(|c: char| !c.is_ascii_alphanumeric()).collect();

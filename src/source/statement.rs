@@ -36,7 +36,7 @@ pub enum Algorithm {
 /// A digest of the whole file, as its server states it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Statement {
-    /// How the digest is computed.
+    /// The algorithm of the digest.
     pub algorithm: Algorithm,
     /// The digest, in lower-case hex.
     pub hex: String,
@@ -54,8 +54,8 @@ impl fmt::Display for Algorithm {
 }
 
 impl Statement {
-    /// The strongest digest of the whole file in an answer's headers. `is_whole`: the answer's body is the whole
-    /// file, so that digests of the body count too.
+    /// Returns the strongest digest of the whole file in an answer's headers. `is_whole`: the answer's body is the
+    /// whole file, so that digests of the body count too.
     pub fn of(headers: &HeaderMap, is_whole: bool) -> Option<Statement> {
         let mut found = Vec::new();
         for (name, is_of_body) in FIELDS {
@@ -65,7 +65,7 @@ impl Statement {
             let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
             values.for_each(|value| found.extend(members(name, value)));
         }
-        // The digest of what the store holds; what it sends is unpacked.
+        // The digest is that of the stored file, but the store unpacks the file when it sends it.
         if headers.get("x-goog-stored-content-encoding").is_some_and(|encoding| encoding != "identity") {
             found.retain(|(name, _)| *name != GOOGLE);
         }
@@ -100,7 +100,7 @@ const FIELDS: [(&str, bool); 10] = [
     (GOOGLE, false),
 ];
 
-/// The statements in one header. One that is malformed, or of an unknown algorithm, is none.
+/// Returns the statements in one header. A malformed statement, or one of an unknown algorithm, is left out.
 fn members(field: &'static str, value: &str) -> Vec<(&'static str, Statement)> {
     let of =
         |algorithm, text: &str| Some((field, Statement { algorithm, hex: from_base64(algorithm, text)? }));
@@ -124,14 +124,14 @@ fn members(field: &'static str, value: &str) -> Vec<(&'static str, Statement)> {
     }
 }
 
-/// The hub's entity tag of a large file is its SHA-256; of a small one it is something else.
+/// Reads the hub's entity tag. For a large file it is the SHA-256, for a small one something else.
 fn from_etag(value: &str) -> Option<Statement> {
     let hex = value.trim().trim_matches('"').to_ascii_lowercase();
     let is_sha256 = hex.len() == 64 && hex.bytes().all(|byte| byte.is_ascii_hexdigit());
     is_sha256.then_some(Statement { algorithm: Algorithm::Sha256, hex })
 }
 
-/// A digest of the algorithm's length. S3's digests of parts have a dash and are no base64.
+/// Returns a digest of the algorithm's length. S3's digests of parts have a dash and are no base64.
 fn from_base64(algorithm: Algorithm, text: &str) -> Option<String> {
     let length = match algorithm {
         Algorithm::Sha256 => 32,

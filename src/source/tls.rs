@@ -21,10 +21,9 @@ pub fn install_crypto() {
     let _already_installed = rustls::crypto::ring::default_provider().install_default();
 }
 
-/// A client builder that trusts the system's authorities (`SSL_CERT_FILE` and `SSL_CERT_DIR` replace them) and
-/// those in `ca_file`. A self-signed server certificate is trusted if the user gave that very certificate in
-/// `ca_file` or `SSL_CERT_FILE`. On a machine without authorities the client works for plain HTTP and trusts no
-/// HTTPS server.
+/// Returns a client builder that trusts the system's authorities (`SSL_CERT_FILE` and `SSL_CERT_DIR` replace them) and
+/// those in `ca_file`. A self-signed server certificate is trusted if the user gave that very certificate in `ca_file`
+/// or `SSL_CERT_FILE`. On a machine without authorities the client works for plain HTTP and trusts no HTTPS server.
 ///
 /// # Errors
 /// Config: `ca_file` or `SSL_CERT_FILE` cannot be read or holds no usable certificate.

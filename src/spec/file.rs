@@ -101,7 +101,7 @@ impl Document<'_> {
         }
     }
 
-    /// The entries of a node, which must be a map. An empty node is an empty map.
+    /// Returns the entries of a node, which must be a map. An empty node is an empty map.
     fn entries<'n>(&mut self, node: &'n Node, what: &str) -> &'n [Entry] {
         match &node.content {
             Content::Map(entries) => entries,

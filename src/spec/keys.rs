@@ -12,17 +12,17 @@ use crate::fault::{Fault, Result};
 pub enum Section {
     /// hone's own keys, which have no section.
     Hone,
-    /// How the base model is loaded.
+    /// Settings of loading the base model.
     ModelConfig,
-    /// How the base model is quantised.
+    /// Settings of quantising the base model.
     QuantizationConfig,
-    /// The group of keys about what is adapted, and how.
+    /// The group of keys about the adapted layers, and the form of the adapter.
     LoraConfig,
-    /// How training runs.
+    /// Settings of training.
     TrainingArguments,
-    /// How examples become batches.
+    /// Settings of turning examples into batches.
     DataCollator,
-    /// How the dataset is read.
+    /// Settings of reading the dataset.
     DatasetConfig,
 }
 
@@ -38,7 +38,7 @@ impl Section {
         Section::DatasetConfig,
     ];
 
-    /// The section's name in YAML; empty for hone's own keys.
+    /// Returns the section's name in YAML; empty for hone's own keys.
     pub fn name(self) -> &'static str {
         match self {
             Section::Hone => "",
@@ -51,7 +51,7 @@ impl Section {
         }
     }
 
-    /// The section with this name in YAML.
+    /// Returns the section with this name in YAML.
     pub fn named(name: &str) -> Option<Section> {
         Section::ALL.into_iter().skip(1).find(|section| section.name() == name)
     }
@@ -99,7 +99,7 @@ pub enum Effect {
     Used,
     /// The key is valid elsewhere. It is accepted and has no effect here, for this reason.
     None(&'static str),
-    /// A value other than the default ends the run. The text says why, and what to do instead.
+    /// A value other than the default ends the run. The text has the reason and the remedy.
     Refused(&'static str),
 }
 
@@ -197,18 +197,18 @@ impl fmt::Display for Type {
     }
 }
 
-/// All keys, in the table's order.
+/// Returns all keys, in the table's order.
 pub fn all() -> &'static [Key] {
     table::TABLE
 }
 
-/// The key with this name.
+/// Returns the key with this name.
 pub fn find(section: Section, name: &str) -> Option<&'static Key> {
     table::TABLE.iter().find(|key| key.section == section && key.name == name)
 }
 
-/// The key that a user may have meant by `name` in `section`: the new name of an older one, the nearest spelling, or
-/// the same name in another section.
+/// Returns the key that a user may have meant by `name` in `section`: the new name of an older one, the nearest
+/// spelling, or the same name in another section.
 pub fn suggest(section: Section, name: &str) -> Option<&'static Key> {
     let renamed = |place: Section, name: &str| {
         let (_, _, new) = table::RENAMED.iter().find(|(at, old, _)| *at == place && *old == name)?;
@@ -225,7 +225,7 @@ pub fn suggest(section: Section, name: &str) -> Option<&'static Key> {
     renamed(section, name).or_else(respelt).or_else(elsewhere)
 }
 
-/// The name nearest to `name`, if it is near enough to be a typing error.
+/// Returns the name nearest to `name`, if it is near enough to be a typing error.
 pub fn nearest<'a>(names: impl Iterator<Item = &'a str>, name: &str) -> Option<&'a str> {
     const SIMILARITY_MIN: f64 = 0.72;
     let name = name.to_lowercase();
@@ -238,8 +238,8 @@ pub fn nearest<'a>(names: impl Iterator<Item = &'a str>, name: &str) -> Option<&
         .map(|(candidate, _)| candidate)
 }
 
-/// The whole table as Markdown, for docs/keys.md. For each section it lists the used keys, then the keys without
-/// effect and the refused ones, both grouped by reason.
+/// Returns the whole table as Markdown, for docs/keys.md. For each section it lists the used keys, then the keys
+/// without effect and the refused ones, both grouped by reason.
 pub fn markdown() -> String {
     let mut text = String::new();
     for section in Section::ALL {
@@ -270,7 +270,7 @@ pub fn markdown() -> String {
     text
 }
 
-/// One row for each reason, in the order of the first key that has it.
+/// Returns one row for each reason, in the order of the first key that has it.
 fn by_reason(keys: impl Iterator<Item = (&'static Key, &'static str)>) -> String {
     let mut rows: Vec<(&str, Vec<String>)> = Vec::new();
     for (key, why) in keys {
@@ -287,13 +287,13 @@ fn by_reason(keys: impl Iterator<Item = (&'static Key, &'static str)>) -> String
 }
 
 impl Key {
-    /// The key as a row of a Markdown table.
+    /// Returns the key as a row of a Markdown table.
     fn row(&self) -> String {
         let default = if self.default.is_empty() { String::new() } else { format!("`{}`", self.default) };
         format!("| `{}` | {} | {default} | {} |\n", self.name, self.kind, self.about.replace('|', "\\|"))
     }
 
-    /// Type, default and effect in a few lines, for a terminal.
+    /// Returns the type, default and effect in a few lines, for a terminal.
     fn paragraph(&self) -> String {
         let default =
             if self.default.is_empty() { String::new() } else { format!(", default {}", self.default) };
@@ -306,7 +306,8 @@ impl Key {
     }
 }
 
-/// The reference of the keys whose name or description contains `word` (all if `word` is empty). Used keys come first.
+/// Returns the reference of the keys whose name or description contains `word` (all if `word` is empty). Used keys come
+/// first.
 ///
 /// # Errors
 /// Usage: no key contains it; the help names the nearest key.

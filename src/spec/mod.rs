@@ -59,18 +59,18 @@ pub struct Given {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Spec {
     given: BTreeMap<(Section, &'static str), Given>,
-    /// Whether the configuration is where KAITO mounts it, so that KAITO's other mounts are used too.
+    /// Whether the configuration lies at the path where KAITO mounts it, so that KAITO's other mounts are used too.
     pub kaito: bool,
 }
 
 impl Spec {
-    /// The value that was given for a key, if any was.
+    /// Returns the value that was given for a key, if any was.
     pub fn get(&self, section: Section, name: &str) -> Option<&Given> {
         let key = keys::find(section, name)?;
         self.given.get(&(section, key.name))
     }
 
-    /// All given keys, in the order of the sections.
+    /// Returns all given keys, in the order of the sections.
     pub fn iter(&self) -> impl Iterator<Item = (&'static Key, &Given)> {
         self.given.iter().map(|((section, name), given)| {
             (keys::find(*section, name).expect("only keys of the table are set"), given)
@@ -163,7 +163,7 @@ pub fn gather_mounted(
 }
 
 impl Spec {
-    /// Sets what the environment says without a flag of hone: KAITO's variables and the user's cache folder.
+    /// Sets the values that the environment has without a flag of hone: KAITO's variables and the user's cache folder.
     fn surroundings(&mut self, environment: Environment) {
         let mut set = |section, name: &str, variable: &str, value: Value| {
             let key = keys::find(section, name).expect("a key of the table");
@@ -274,7 +274,7 @@ fn says_nothing(value: &Value) -> bool {
     }
 }
 
-/// The key's default as a value; `None` if it has no default.
+/// Returns the key's default as a value; `None` if it has no default.
 pub fn default(key: &Key) -> Option<Value> {
     if key.default.is_empty() {
         return None;
@@ -314,7 +314,7 @@ fn unknown_section(name: &str) -> String {
 pub struct Mistakes(Vec<String>);
 
 impl Mistakes {
-    /// Adds a mistake in what was written at `origin`.
+    /// Adds a mistake in the value that was written at `origin`.
     pub fn add(&mut self, origin: &Origin, message: impl fmt::Display) {
         const MESSAGE_CHARACTERS_MAX: usize = 600;
         let message = match origin {
@@ -325,7 +325,7 @@ impl Mistakes {
         self.0.push(crate::report::clean::clean(&message, MESSAGE_CHARACTERS_MAX));
     }
 
-    /// The result for a configuration.
+    /// Fails if there are mistakes in a configuration.
     ///
     /// # Errors
     /// Config: all mistakes.
@@ -335,7 +335,7 @@ impl Mistakes {
         })
     }
 
-    /// The result for anything else (`what`), which has no keys to look up.
+    /// Fails if there are mistakes in anything else (`what`), which has no keys to look up.
     ///
     /// # Errors
     /// Config: all mistakes.

@@ -1,4 +1,4 @@
-//! Tests of what is refused and with which message, and of which value overrides which.
+//! Tests of refusals with their messages, and of the order in which values override each other.
 
 use super::*;
 use expect_test::{Expect, expect};
@@ -10,7 +10,7 @@ fn file(text: &str) -> (tempfile::TempDir, PathBuf) {
     (folder, path)
 }
 
-/// The fault's message, with the path of the file cut to its name.
+/// Returns the fault's message, with the path of the file cut to its name.
 fn refusal(text: &str) -> String {
     let (folder, path) = file(text);
     let request = Request { config: Some(path), ..Request::default() };

@@ -24,7 +24,7 @@ pub enum Value {
 }
 
 impl Value {
-    /// The value as JSON.
+    /// Returns the value as JSON.
     pub fn to_json(&self) -> serde_json::Value {
         match self {
             Value::Null => serde_json::Value::Null,
@@ -40,7 +40,7 @@ impl Value {
     }
 }
 
-/// Reads `node` as `kind`. A refusal says what was expected, what was found, and where.
+/// Reads `node` as `kind`. A refusal names the expected type, the found value, and its place.
 pub fn read(kind: Type, node: &Node) -> Result<Value, Refusal> {
     if node.is_null() {
         return Ok(Value::Null);
@@ -70,8 +70,8 @@ pub fn read(kind: Type, node: &Node) -> Result<Value, Refusal> {
     }
 }
 
-/// The value that was found, for a message. If a number or a word was expected, a long text may be a secret in the
-/// wrong place and is not shown.
+/// Returns the value that was found, for a message. If a number or a word was expected, a long text may be a secret in
+/// the wrong place and is not shown.
 fn found(kind: Type, node: &Node) -> String {
     const SHOWN_CHARACTERS_MAX: usize = 20;
     let short = matches!(kind, Type::Boolean | Type::Integer { .. } | Type::Number { .. } | Type::Choice(_));
@@ -188,7 +188,7 @@ fn source(node: &Node) -> Result<Value, Refusal> {
     Ok(Value::Text(if words.is_empty() { text.clone() } else { format!("{text}#{}", words.join("&")) }))
 }
 
-/// The value as it was written, which is only shown and compared.
+/// Returns the value as it was written, which is only shown and compared.
 fn any(node: &Node) -> Value {
     match &node.content {
         _ if node.is_null() => Value::Null,

@@ -36,7 +36,7 @@ pub enum Content {
     Scalar {
         /// The text, without quotes.
         text: String,
-        /// How it is written.
+        /// The style in which it is written.
         style: Style,
     },
     /// A list.
@@ -45,10 +45,10 @@ pub enum Content {
     Map(Vec<Entry>),
 }
 
-/// How a scalar is written.
+/// The style of a scalar.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Style {
-    /// Without quotes.
+    /// A scalar without quotes.
     Plain,
     /// In quotes, or as a folded block.
     Quoted,
@@ -87,7 +87,7 @@ impl Node {
         }
     }
 
-    /// The value of a map's key.
+    /// Returns the value of a map's key.
     pub fn get(&self, key: &str) -> Option<&Node> {
         match &self.content {
             Content::Map(entries) => entries.iter().find(|entry| entry.key == key).map(|entry| &entry.node),
@@ -95,7 +95,7 @@ impl Node {
         }
     }
 
-    /// The value for a message: `"fast"`, `a list`, `nothing (null)`.
+    /// Returns the value for a message: `"fast"`, `a list`, `nothing (null)`.
     pub fn describe(&self) -> String {
         match &self.content {
             _ if self.is_null() => "nothing (null)".into(),
@@ -106,7 +106,7 @@ impl Node {
     }
 }
 
-/// A value in quotes, cut to a length that fits in a message.
+/// Returns a value in quotes, cut to a length that fits in a message.
 pub fn quote(text: &str) -> String {
     const SHOWN_CHARACTERS_MAX: usize = 60;
     match text.char_indices().nth(SHOWN_CHARACTERS_MAX) {

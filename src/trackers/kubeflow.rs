@@ -27,7 +27,7 @@ pub struct Kubeflow {
 }
 
 impl Kubeflow {
-    /// The values of the environment; `None` outside a TrainJob, or if `DISABLE_KUBEFLOW_INTEGRATION` is TRUE.
+    /// Returns the values of the environment; `None` outside a TrainJob, or if `DISABLE_KUBEFLOW_INTEGRATION` is TRUE.
     pub fn of(environment: &dyn Fn(&str) -> Option<String>) -> Option<Kubeflow> {
         let text = |name: &str| environment(name).filter(|text| !text.is_empty());
         let off = text("DISABLE_KUBEFLOW_INTEGRATION").is_some_and(|text| text.eq_ignore_ascii_case("true"));
@@ -49,7 +49,7 @@ pub struct Controller {
 }
 
 impl Controller {
-    /// Nothing is told yet.
+    /// Returns a controller that has received nothing yet.
     pub fn new(options: Kubeflow) -> Controller {
         Controller { options, caller: None, metrics: Vec::new(), newest: None, told_at: None }
     }
@@ -66,7 +66,7 @@ impl Controller {
         }
     }
 
-    /// The status; `ended`: all is done.
+    /// Returns the status; `ended`: all is done.
     fn status(&self, ended: bool) -> Json {
         let mut status = json!({"lastUpdatedTime": words::date(SystemTime::now(), DATE)});
         let mut metrics: Vec<(Cow<str>, String)> =
@@ -117,7 +117,7 @@ impl Tracker for Controller {
     fn points(&mut self, points: &[Point]) -> Result<(), String> {
         points.iter().for_each(|point| self.take(point));
         match self.told_at.is_some_and(|at| at.elapsed() < INTERVAL) {
-            true => Ok(()), // The next points, or the end, tell these too.
+            true => Ok(()), // These are sent again with the next points or at the end.
             false => self.tell(false),
         }
     }

@@ -23,7 +23,7 @@ pub struct Service {
 }
 
 impl Service {
-    /// Nothing is asked yet.
+    /// Returns a service to which no request was sent yet.
     pub fn new(options: Mlflow, name: String, caller: Caller) -> Service {
         let authorization = options.authorization.clone();
         let headers = authorization.map(|value| ("authorization".to_owned(), value)).into_iter().collect();
@@ -48,7 +48,7 @@ impl Service {
         Ok((status, serde_json::from_slice(&body).unwrap_or(Json::Null)))
     }
 
-    /// The experiment of this name, made if there is none.
+    /// Returns the experiment of this name, made if there is none.
     fn experiment(&self) -> Result<String, String> {
         let name: String = url::form_urlencoded::byte_serialize(self.options.experiment.as_bytes()).collect();
         let (status, found) = self.get(&format!("experiments/get-by-name?experiment_name={name}"))?;
@@ -62,7 +62,7 @@ impl Service {
         id(&made["experiment_id"]).ok_or_else(|| "experiments/create gave no experiment_id".into())
     }
 
-    /// The run that was named or begun by an earlier start, else a new one.
+    /// Returns the run that was named or begun by an earlier start, else a new one.
     fn start(&self) -> Result<Json, String> {
         let remembered = plain::text(&self.options.remembered).ok();
         let earlier = self.options.run.clone().or(remembered.map(|text| text.trim().to_owned()));

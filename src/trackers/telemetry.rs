@@ -14,14 +14,14 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// At an address without `/v1/metrics`.
+    /// Returns a receiver at this address, which has no `/v1/metrics` at its end.
     pub fn new(url: &str, headers: Vec<(String, String)>, name: &str, caller: Caller) -> Receiver {
         let url = format!("{}/v1/metrics", url.trim_end_matches('/'));
         Receiver { url, headers, name: name.to_owned(), caller }
     }
 }
 
-/// One gauge for each name, with a data point for each step.
+/// Returns a request with one gauge for each name, which has a data point for each step.
 fn request(points: &[Point], run: &str) -> Json {
     let mut names: Vec<&str> = Vec::new();
     for (name, _) in points.iter().flat_map(|point| &point.values) {

@@ -1,5 +1,5 @@
-//! Points -> a TensorBoard event file: records of a length, its masked CRC-32C, the event and its masked CRC-32C,
-//! where an event is a protocol buffer (tensorflow/core/lib/io/record_writer.h, tensorflow/core/util/event.proto).
+//! Points -> a TensorBoard event file: records of a length, its masked CRC-32C, the event and its masked CRC-32C, and
+//! an event is a protocol buffer (tensorflow/core/lib/io/record_writer.h, tensorflow/core/util/event.proto).
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -16,7 +16,7 @@ pub struct EventFile {
 }
 
 impl EventFile {
-    /// Nothing is written yet.
+    /// Returns a file to which nothing was written yet.
     pub fn new(folder: PathBuf) -> EventFile {
         EventFile { folder, file: None }
     }
@@ -62,7 +62,7 @@ impl Tracker for EventFile {
     }
 }
 
-/// transformers' tags: `eval_loss` is `eval/loss`, all else is below `train/`.
+/// Returns the tag as transformers writes it: `eval_loss` is `eval/loss`, all else is below `train/`.
 fn tag(name: &str) -> String {
     match name.strip_prefix("eval_") {
         Some(rest) => format!("eval/{rest}"),
@@ -84,7 +84,7 @@ fn event(point: &Point) -> Vec<u8> {
     record(&event)
 }
 
-/// wall_time and step.
+/// Returns the fields wall_time and step.
 fn header(wall_time: f64, step: u64) -> Vec<u8> {
     let mut bytes = vec![1 << 3 | 1];
     bytes.extend(wall_time.to_le_bytes());
@@ -93,7 +93,7 @@ fn header(wall_time: f64, step: u64) -> Vec<u8> {
     bytes
 }
 
-/// A field that has a length.
+/// Writes a field that has a length.
 fn text(bytes: &mut Vec<u8>, field: u8, content: &[u8]) {
     bytes.push(field << 3 | 2);
     varint(bytes, content.len() as u64);
@@ -118,7 +118,7 @@ fn masked_crc(bytes: &[u8]) -> u32 {
     crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
-/// CRC-32C (Castagnoli), bit by bit: an event has some hundred bytes.
+/// Computes CRC-32C (Castagnoli), bit by bit: an event has some hundred bytes.
 fn crc32c(bytes: &[u8]) -> u32 {
     let step = |crc: u32| if crc & 1 == 1 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 };
     !bytes.iter().fold(!0, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), |crc, _| step(crc)))

@@ -1,4 +1,5 @@
-//! Trackers that answer, that are gone, slow or wrong: what they get, and that the run does not notice them.
+//! Trackers that answer, that are gone, slow or wrong. The tests compare the points that they receive, and check that
+//! the run is not disturbed.
 
 use super::*;
 use crate::report::{StepMetrics, Unit};
@@ -21,8 +22,8 @@ impl Sink for Heard {
 /// Method, path and body.
 type Asked = (String, String, String);
 
-/// A server that answers each request as `answer` says (`None`: never), until the process ends. Its address, and
-/// what it was asked.
+/// Starts a server that answers each request as `answer` says (`None`: never), until the process ends. Returns its
+/// address, and the requests to it.
 fn server(
     answer: impl Fn(&str, &str) -> Option<(u16, String)> + Send + 'static,
 ) -> (String, Arc<Mutex<Vec<Asked>>>) {
@@ -81,7 +82,8 @@ fn step(step: u64) -> Event {
     })
 }
 
-/// Two steps and an evaluation through these trackers; the warnings, and the time that the run spent in giving points.
+/// Sends two steps and an evaluation through these trackers. Returns the warnings, and the time that the run spent in
+/// giving points.
 fn run(options: &Options, grace: Duration) -> (Vec<String>, Duration) {
     let heard = Arc::new(Heard::default());
     let settings = vec![("learning rate".to_owned(), "1e-4".to_owned())];
@@ -212,7 +214,7 @@ fn a_full_queue_drops_and_counts() {
     let heard = Arc::new(Heard::default());
     let options = Options { otlp: Some((silent, Vec::new())), ..Options::default() };
     let trackers = Trackers::start(&options, Vec::new(), &Report::new(heard.clone())).unwrap();
-    // The thread takes a batch and waits for an answer; what follows fills the queue.
+    // The thread takes a batch and waits for an answer. Later points fill the queue.
     let count = QUEUE_POINTS as u64 + 2 * BATCH_POINTS as u64 + 100;
     (0..count).for_each(|place| trackers.event(&step(place)));
     let dropped = trackers.lock()[0].dropped;

@@ -1,4 +1,5 @@
-//! Evaluations -> the best of them, and when to stop, as transformers' Trainer and its `EarlyStoppingCallback` decide.
+//! Evaluations -> the best of them, and the time to stop, as transformers' Trainer and its `EarlyStoppingCallback`
+//! decide.
 
 use serde::{Deserialize, Serialize};
 
@@ -18,9 +19,9 @@ pub struct Scores {
 pub struct SourceScores {
     /// The entry that it stands for.
     pub entry: usize,
-    /// Its name in metrics.
+    /// The source's name in metrics.
     pub name: String,
-    /// Its scores.
+    /// The source's scores.
     pub scores: Scores,
 }
 
@@ -60,7 +61,7 @@ impl Evaluation {
 }
 
 impl Scores {
-    /// The exponential of the loss.
+    /// Returns the exponential of the loss.
     pub fn perplexity(&self) -> f64 {
         self.loss.exp()
     }
@@ -85,13 +86,13 @@ impl Measure {
         ("mean_token_accuracy", Measure::Accuracy),
     ];
 
-    /// The measure of this name, with `eval_` or without.
+    /// Returns the measure of this name, with `eval_` or without.
     pub fn named(name: &str) -> Option<Measure> {
         let bare = name.strip_prefix("eval_").unwrap_or(name);
         Measure::NAMES.iter().find(|(name, _)| *name == bare).map(|(_, measure)| *measure)
     }
 
-    /// `eval_loss` and so on.
+    /// Returns the name of the metric: `eval_loss` and so on.
     pub fn name(self) -> String {
         let (name, _) =
             Measure::NAMES.iter().find(|(_, measure)| *measure == self).expect("every measure has a name");
@@ -107,7 +108,7 @@ impl Measure {
     }
 }
 
-/// How evaluations are compared.
+/// The rules for comparing evaluations.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Judging {
     /// The source whose scores decide, by its entry and its name; `None`: all together.
@@ -123,7 +124,7 @@ pub struct Judging {
 }
 
 impl Judging {
-    /// `eval_loss`, `eval_NAME_loss` and so on.
+    /// Returns the name of the metric: `eval_loss`, `eval_NAME_loss` and so on.
     pub fn metric(&self) -> String {
         let name = self.measure.name();
         match &self.source {
@@ -146,7 +147,7 @@ pub struct Stopping {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Best {
-    /// Its value; `None` before the first evaluation.
+    /// The value of the best evaluation; `None` before the first evaluation.
     pub metric: Option<f64>,
     /// The step that it followed.
     pub step: u64,
@@ -187,7 +188,7 @@ impl Best {
 mod tests {
     use super::*;
 
-    /// Steps that were best, and the evaluation (from 1) after which training ends.
+    /// Returns the steps that were best, and the evaluation (from 1) after which training ends.
     fn course(judging: Judging, losses: &[f64]) -> (Vec<u64>, Option<u64>) {
         let (mut best, mut steps, mut end) = (Best::default(), Vec::new(), None);
         for (place, loss) in (1..).zip(losses) {

@@ -86,8 +86,8 @@ struct Manifest {
 }
 
 impl Manifest {
-    /// The digest of all its values. Numbers are written so that they read back to the last bit. So a manifest that
-    /// was read has the digest of the written one if and only if nothing in it changed.
+    /// Returns the digest of all its values. Numbers are written so that they read back to the last bit. So a manifest
+    /// that was read has the digest of the written one if and only if nothing in it changed.
     fn seal(&self) -> String {
         crate::source::digest(&serde_json::to_vec(self).expect("numbers and texts"))
     }
@@ -141,7 +141,7 @@ pub fn save_best(checkpoints: &Checkpoints, state: &State, params: &Tensor) -> R
     whole::sync_folder(folder)
 }
 
-/// The parameters of the best evaluation, if they are those of this run's `step`, and as many as `params`.
+/// Returns the parameters of the best evaluation, if they are those of this run's `step`, and as many as `params`.
 pub fn best(checkpoints: &Checkpoints, step: u64, params: &Tensor) -> Option<Tensor> {
     let (place, bytes_max) = (checkpoints.folder.join(BEST), bytes(&[("params", params)]));
     let (state, mut tensors) = read(&place, &checkpoints.fingerprint, bytes_max).ok()?;
@@ -211,12 +211,12 @@ fn pass_over(step: u64, what: &str, report: &Report) {
     report.warn(Stage::Train, format!("the checkpoint of step {step} is not whole ({what}) and is skipped"));
 }
 
-/// The tensors of a checkpoint, by name.
+/// Returns the tensors of a checkpoint, by name.
 fn tensors<'a>(params: &'a Tensor, moments: &'a Moments) -> Vec<(&'static str, &'a Tensor)> {
     std::iter::once(("params", params)).chain(moments.tensors()).collect()
 }
 
-/// Most bytes of a file of such tensors.
+/// Returns the most bytes of a file of such tensors.
 fn bytes(tensors: &[(&str, &Tensor)]) -> u64 {
     let values = tensors.iter().map(|(_, tensor)| tensor.elem_count() * tensor.dtype().size_in_bytes());
     values.sum::<usize>() as u64 + HEADER_BYTES_MAX
@@ -238,7 +238,7 @@ fn remove_partials(folder: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// The checkpoints of a folder in ascending order of step.
+/// Returns the checkpoints of a folder in ascending order of step.
 fn list(folder: &Path) -> Vec<(u64, PathBuf)> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let step = |path: PathBuf| Some((path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?, path));
@@ -312,7 +312,7 @@ mod tests {
         save(checkpoints, &state, &params, &moments, keep_max).unwrap();
     }
 
-    /// The step after which a new start would continue.
+    /// Returns the step after which a new start would continue.
     fn found(checkpoints: &Checkpoints) -> Option<u64> {
         let (params, moments) = filled(0.0);
         let state = newest(checkpoints, &params, &moments, &Report::silent()).unwrap()?;
@@ -379,7 +379,7 @@ mod tests {
         assert_eq!(found(&checkpoints), Some(2));
     }
 
-    /// Flips each bit of the state, one at a time: the run continues from what was written or from the checkpoint
+    /// Flips each bit of the state, one at a time: the run continues from the written state or from the checkpoint
     /// before.
     #[test]
     fn no_flipped_bit_of_a_state_is_believed() {
@@ -452,7 +452,7 @@ mod tests {
         assert_eq!(found(&checkpoints), Some(1));
     }
 
-    /// White space changes nothing but the size.
+    /// White space changes only the size.
     #[test]
     fn a_state_is_read_up_to_a_plausible_size() {
         let (folder, checkpoints) = folder_of(1..=2);

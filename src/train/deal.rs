@@ -18,7 +18,7 @@ pub struct Cost {
 }
 
 impl Cost {
-    /// The costs of training a model of these facts.
+    /// Returns the costs of training a model of these facts.
     pub fn of(facts: &Facts) -> Cost {
         let values = |rows: usize, cols: usize| (rows * cols) as f64;
         let layers = facts.layers.iter().flat_map(|layer| layer.projections());
@@ -33,7 +33,7 @@ impl Cost {
         }
     }
 
-    /// The cost of an example of so many tokens.
+    /// Returns the cost of an example of so many tokens.
     pub fn of_example(&self, tokens: usize) -> u64 {
         let tokens = tokens as f64;
         let seen =
@@ -43,8 +43,8 @@ impl Cost {
     }
 }
 
-/// The indices of the costs that each rank gets, ascending: the most costly first, each to the rank with the least work
-/// so far. Among equals the lower index and the lower rank come first.
+/// Returns the indices of the costs that each rank gets, ascending: the most costly first, each to the rank with the
+/// least work so far. Among equals the lower index and the lower rank come first.
 pub fn deal(costs: &[u64], world: usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..costs.len()).collect();
     order.sort_by_key(|&index| std::cmp::Reverse(costs[index]));

@@ -26,8 +26,8 @@ use super::together::{Outcome, Said, agree};
 use super::trained::BestEvaluation;
 use super::trainer::Trainer;
 
-/// Loss and token accuracy over the supervised tokens of `examples`, without dropout, in passes of at most `rows_max`
-/// tokens or one example. `Lora::None` evaluates the bare base.
+/// Returns the loss and token accuracy over the supervised tokens of `examples`, without dropout, in passes of at most
+/// `rows_max` tokens or one example. `Lora::None` evaluates the bare base.
 pub fn evaluate<'a>(
     decoder: &Decoder,
     lora: Lora,
@@ -40,7 +40,7 @@ pub fn evaluate<'a>(
     scores.ok_or_else(interrupt::stopped)
 }
 
-/// As `evaluate`, with the examples dealt to the ranks. Every rank gets the same scores, whose bits do not depend on
+/// Does `evaluate` with the examples dealt to the ranks. Every rank gets the same scores, whose bits do not depend on
 /// the number of ranks. `None`: a signal came to some rank.
 pub fn evaluate_together<'a>(
     ranks: &dyn Collective,
@@ -78,7 +78,7 @@ struct Scored {
     losses: Vec<(usize, u64)>,
     /// Supervised tokens.
     tokens: u64,
-    /// Those that are the most probable token.
+    /// The number of targets that are the most probable token.
     hits: u64,
 }
 
@@ -116,7 +116,7 @@ fn score(
     Ok(Some(Scored { losses: numbers.into_iter().zip(losses).collect(), tokens, hits: hits as u64 }))
 }
 
-/// The scores over all ranks' parts. Losses are added in the order of the examples.
+/// Returns the scores over all ranks' parts. Losses are added in the order of the examples.
 fn sum_up(parts: Vec<Scored>) -> Scores {
     let tokens: u64 = parts.iter().map(|part| part.tokens).sum();
     let hits: u64 = parts.iter().map(|part| part.hits).sum();
@@ -222,8 +222,8 @@ impl Trainer<'_> {
         }
     }
 
-    /// `load_best_model_at_end`: the parameters of the best evaluation, and its step; `None` if they are those in
-    /// force.
+    /// Restores the parameters of the best evaluation (`load_best_model_at_end`), and returns its step; `None` if they
+    /// are those in force.
     pub(super) fn restore_best(&mut self, checkpoints: Option<&Checkpoints>) -> Result<Option<u64>> {
         let restores = self.options.judging.as_ref().is_some_and(|judging| judging.restore);
         let step = self.state.best.step;

@@ -1,7 +1,7 @@
 //! The numbers of a step -> training goes on, the step is skipped, or the run ends.
 //!
-//! A run ends if a number is not finite, if a moment would overflow, if a spike must not be, or if the updates have no
-//! effect.
+//! A run ends if a number is not finite, if a moment would overflow, if spikes are forbidden and one occurs, or if the
+//! updates have no effect.
 
 use crate::fault::{Fault, Kind, Result};
 use crate::ops::number::{Number, Numbers};

@@ -48,7 +48,7 @@ impl serde::Serialize for Named {
 }
 
 impl Metric {
-    /// The step that the line belongs to.
+    /// Returns the step that the line belongs to.
     pub fn step(&self) -> u64 {
         match self {
             Metric::Step { step, .. } | Metric::Evaluation { step, .. } => *step,

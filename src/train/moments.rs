@@ -17,7 +17,7 @@ pub enum Moments {
 }
 
 impl Moments {
-    /// Moments of zero.
+    /// Returns moments of zero.
     pub fn zeros(adapter: &Trainable, eight_bit: bool) -> Result<Moments> {
         Ok(match eight_bit {
             false => Moments::Full(adamw::Moments::zeros_like(&adapter.params)?),
@@ -25,7 +25,7 @@ impl Moments {
         })
     }
 
-    /// A message about them, if there is anything to say.
+    /// Returns a message about them, if there is anything to say.
     pub fn note(&self) -> Option<String> {
         let Moments::EightBit(moments) = self else { return None };
         let (narrow, all) = moments.narrow_values();
@@ -36,7 +36,7 @@ impl Moments {
         Some(format!("AdamW's moments of {narrow} of {all} parameters take 8 bits each{small}"))
     }
 
-    /// Their content in a checkpoint, by name.
+    /// Returns their content in a checkpoint, by name.
     pub fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
         match self {
             Moments::Full(moments) => vec![("first", &moments.first), ("second", &moments.second)],
@@ -67,7 +67,7 @@ impl Moments {
     }
 }
 
-/// The trained tensors in the order of the flat buffers. As in PEFT's LoRA+, B and the magnitudes are faster.
+/// Returns the trained tensors in the order of the flat buffers. As in PEFT's LoRA+, B and the magnitudes are faster.
 fn matrices(adapter: &Trainable) -> Vec<Matrix> {
     let of_site = adapter.sites.iter().flat_map(|site| {
         site.tensors().enumerate().map(|(number, values)| Matrix { values, faster: number > 0 })

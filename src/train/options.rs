@@ -9,7 +9,7 @@ use super::spike::Spikes;
 pub struct Options {
     /// Peak of the learning rate.
     pub learning_rate: f64,
-    /// How the learning rate changes after warm-up.
+    /// The course of the learning rate after warm-up.
     pub schedule: Schedule,
     /// Steps in which the learning rate rises from 0.
     pub warmup: Warmup,
@@ -48,7 +48,7 @@ pub struct Options {
     pub checkpoint: Every,
     /// Most checkpoints to keep (`save_total_limit`).
     pub checkpoints_max: Option<usize>,
-    /// The base is evaluated before the first step (`eval_on_start`).
+    /// Whether the base is evaluated before the first step (`eval_on_start`).
     pub eval_on_start: bool,
     /// No evaluation before so many steps, or epochs if it is due each epoch (`eval_delay`).
     pub eval_delay: f64,
@@ -67,7 +67,7 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// TRL's and KAITO's defaults, with packing.
+    /// Returns TRL's and KAITO's defaults, with packing.
     fn default() -> Options {
         Options {
             learning_rate: 2e-5,
@@ -115,6 +115,6 @@ pub enum Every {
     Minutes(f64),
     /// At the end of every epoch and after the last step.
     Epoch,
-    /// At each evaluation that is better than all before it; for checkpoints.
+    /// Each evaluation that is better than all before it; for checkpoints.
     Best,
 }

@@ -64,20 +64,20 @@ impl Steps {
         }
     }
 
-    /// The epoch (from 0) of a step (from 0).
+    /// Returns the epoch (from 0) of a step (from 0).
     pub fn epoch(&self, step: u64) -> u64 {
         step / self.per_epoch
     }
 
-    /// Epochs done after so many steps. The last step of an epoch may have fewer micro-batches; Trainer counts
-    /// them.
+    /// Returns the epochs done after so many steps. The last step of an epoch may have fewer micro-batches; Trainer
+    /// counts them.
     pub fn epochs_done(&self, steps: u64) -> f64 {
         let micro_batches = self.examples.div_ceil(self.batch).max(1) as u64;
         let within = (steps % self.per_epoch).saturating_mul(self.accumulation as u64).min(micro_batches);
         (steps / self.per_epoch) as f64 + within as f64 / micro_batches as f64
     }
 
-    /// The examples of a step by micro-batch. The last step of an epoch may have fewer.
+    /// Returns the examples of a step by micro-batch. The last step of an epoch may have fewer.
     pub fn micro_batches(&self, step: u64) -> Vec<Vec<usize>> {
         let order = self.order(self.epoch(step));
         let size = self.batch.saturating_mul(self.accumulation);
@@ -115,7 +115,7 @@ impl Steps {
     }
 }
 
-/// Fisher-Yates with an unbiased draw.
+/// Shuffles by Fisher and Yates with an unbiased draw.
 fn shuffle(order: &mut [u32], seed: u64) {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     for i in (1..order.len()).rev() {
@@ -127,8 +127,8 @@ fn shuffle(order: &mut [u32], seed: u64) {
     }
 }
 
-/// (example, rope length) of each example. All examples of a micro-batch have the length of the longest, as in a
-/// padded batch.
+/// Returns (example, rope length) of each example. All examples of a micro-batch have the length of the longest, as in
+/// a padded batch.
 fn grouped<'a>(
     examples: Examples<'a>,
     micro_batches: &'a [Vec<usize>],
@@ -183,15 +183,15 @@ pub fn share<'a>(
     Share { batches, targets, tokens }
 }
 
-/// Supervised tokens of an example; nothing predicts the first.
+/// Returns the number of supervised tokens of an example; nothing predicts the first.
 fn targets(example: &Example) -> usize {
     example.supervised.iter().skip(1).filter(|supervised| **supervised).count()
 }
 
-/// Lays a step's examples into batches. Without packing, a batch is a micro-batch. With packing, the examples of
-/// the whole step fill batches of up to `packing` rows, the longest first, each where it leaves the least space.
-/// More than `rows_max` rows are divided, but never within an example. The step's examples, their rope lengths and
-/// their dropout keys stay the same, and so does the result.
+/// Lays a step's examples into batches. Without packing, a batch is a micro-batch. With packing, the examples of the
+/// whole step fill batches of up to `packing` rows, the longest first, each in the batch with the least remaining
+/// space. More than `rows_max` rows are divided, but never within an example. The step's examples, their rope lengths
+/// and their dropout keys stay the same, and so does the result.
 pub fn batches<'a>(
     examples: impl Into<Examples<'a>>,
     micro_batches: &[Vec<usize>],
@@ -245,7 +245,7 @@ fn divided(examples: Examples, entries: Vec<(usize, usize)>, rows_max: usize) ->
     lists
 }
 
-/// Best-fit decreasing: each example goes where it leaves the least space.
+/// Packs by best fit, decreasing: each example goes to the batch in which it leaves the least space.
 fn best_fit(
     examples: Examples,
     mut entries: Vec<(usize, usize)>,

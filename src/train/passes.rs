@@ -1,10 +1,10 @@
-//! A memory plan -> the size of passes and what the layers keep in them; the next smaller plan if memory runs out.
+//! A memory plan -> the size of passes and the levels of the layers; the next smaller plan if memory runs out.
 
 use crate::facts::Keep;
 use crate::fault::{Fault, Result};
 use crate::memory::Running;
 
-/// The size of passes, and what the layers keep in them.
+/// The size of passes, and the levels of the layers.
 #[derive(Clone, Debug)]
 pub enum Passes {
     /// Passes by the memory plan. If memory runs out, the next smaller plan follows.
@@ -19,7 +19,7 @@ impl Passes {
         Passes::Planned(Box::new(running))
     }
 
-    /// Most tokens per pass.
+    /// Returns the most tokens per pass.
     pub(super) fn tokens_max(&self) -> usize {
         match self {
             Passes::Planned(running) => running.plan.tokens,
@@ -27,7 +27,7 @@ impl Passes {
         }
     }
 
-    /// The level of each layer.
+    /// Returns the level of each layer.
     pub(super) fn keep(&self, layers: usize) -> Vec<Keep> {
         match self {
             Passes::Planned(running) => running.plan.keep.clone(),
@@ -35,7 +35,7 @@ impl Passes {
         }
     }
 
-    /// Bytes of device memory that graphs of passes may take.
+    /// Returns the number of bytes of device memory that graphs of passes may take.
     pub(super) fn graph_bytes(&self) -> u64 {
         match self {
             Passes::Planned(running) => running.plan.graph_bytes(),
@@ -43,7 +43,7 @@ impl Passes {
         }
     }
 
-    /// Number of the upper layers whose weights are kept expanded; `None`: as they are.
+    /// Returns the number of the upper layers whose weights are kept expanded; `None`: as they are.
     pub(super) fn expanded(&self) -> Option<usize> {
         match self {
             Passes::Planned(running) => Some(running.plan.expanded),
@@ -51,8 +51,8 @@ impl Passes {
         }
     }
 
-    /// Changes to the next smaller plan after step `step` ran out of memory, and says so. If there is none, this is a
-    /// capacity fault.
+    /// Changes to the next smaller plan after step `step` ran out of memory, and returns a message about it. If there
+    /// is none, this is a capacity fault.
     pub(super) fn shrink(&mut self, step: u64, error: &str) -> Result<String> {
         let Passes::Planned(memory) = self else {
             return Err(Fault::capacity(format!("out of memory at step {step}: {error}")));

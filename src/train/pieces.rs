@@ -1,9 +1,9 @@
 //! The gradient of a step -> pieces, each of which the ranks add up as soon as its layers have computed it.
 //!
 //! The backward pass goes from the last layer to the first, and the flat buffer holds one layer after the other. So
-//! pieces are cut from its end, and the sum of a piece runs while lower layers compute. What is left at the beginning
-//! is summed when all ranks have said that their passes succeeded. All ranks cut the same pieces and sum them in the
-//! same order: one with fewer passes, or one that fails, sums what it has.
+//! pieces are cut from its end, and the sum of a piece runs while lower layers compute. The rest, at the beginning, is
+//! summed when all ranks have reported that their passes succeeded. All ranks cut the same pieces and sum them in the
+//! same order: one with fewer passes, or one that fails, sums the gradients that it has.
 
 use std::ops::Range;
 
@@ -54,23 +54,23 @@ impl Cut {
         Cut { pieces, rest: end }
     }
 
-    /// One sum of everything when all passes are done.
+    /// Returns a cut with one sum of everything, made when all passes are done.
     pub fn whole(sites: &[Site]) -> Cut {
         Cut { pieces: Vec::new(), rest: LOSSES + end_of(sites) }
     }
 
-    /// The rest that is summed after all pieces.
+    /// Returns the rest, which is summed after all pieces.
     pub fn rest(&self, adapter: &Trainable) -> Result<Tensor> {
         Ok(adapter.sums.narrow(0, 0, self.rest)?)
     }
 }
 
-/// The end of the last site's gradients in the flat buffer.
+/// Returns the end of the last site's gradients in the flat buffer.
 fn end_of(sites: &[Site]) -> usize {
     sites.last().map_or(0, |site| site.offset + site.parameters())
 }
 
-/// The sums of one step's pieces. Every rank makes all of them, whatever becomes of its passes.
+/// The sums of one step's pieces. Every rank makes all of them, even if its passes fail.
 pub(super) struct Sums<'a> {
     ranks: &'a dyn Collective,
     adapter: &'a Trainable,
@@ -79,12 +79,13 @@ pub(super) struct Sums<'a> {
 }
 
 impl<'a> Sums<'a> {
-    /// The pieces of a step that begins.
+    /// Returns the pieces of a step that begins.
     pub fn new(ranks: &'a dyn Collective, adapter: &'a Trainable, cut: &'a Cut) -> Sums<'a> {
         Sums { ranks, adapter, pieces: cut.pieces.iter(), fault: None }
     }
 
-    /// The last pass has added the gradients of `layer` and of all layers above it.
+    /// Begins the sums of pieces whose gradients are complete, now that the last pass has added those of `layer` and of
+    /// all layers above it.
     pub fn done(&mut self, layer: usize) -> candle_core::Result<()> {
         while self.pieces.as_slice().first().is_some_and(|piece| piece.layer >= layer) {
             if let Err(fault) = self.next() {
@@ -96,7 +97,7 @@ impl<'a> Sums<'a> {
         Ok(())
     }
 
-    /// Begins the sums that are left, and ends all. The passes are over, or have failed.
+    /// Begins the remaining sums, and waits for all of them. The passes are over, or have failed.
     pub fn finish(mut self) -> Result<()> {
         while self.fault.is_none() && !self.pieces.as_slice().is_empty() {
             self.fault = self.next().err();

@@ -1,4 +1,4 @@
-//! Promises about training on several ranks: the same run whatever their number is, and one end for all of them.
+//! Promises about training on several ranks: the same run for every number of ranks, and one end for all of them.
 
 use std::path::Path;
 use std::sync::Mutex;
@@ -25,7 +25,7 @@ struct Run {
 }
 
 impl Run {
-    /// Step and loss of each line of metrics.
+    /// Returns the step and loss of each line of metrics.
     fn losses(&self) -> Vec<(u64, f64)> {
         let loss = |metric: &Metric| match metric {
             Metric::Step { step, loss, .. } => (*step, *loss),
@@ -112,7 +112,7 @@ fn options(steps: u64) -> Options {
     }
 }
 
-/// The difference of two lists, relative to the second.
+/// Returns the difference of two lists, relative to the second.
 fn distance(found: &[f64], expected: &[f64]) -> f64 {
     assert_eq!(found.len(), expected.len());
     let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
@@ -412,7 +412,7 @@ fn a_rank_that_is_gone_at_any_call_ends_all() {
     }
 }
 
-/// A rank that says another thing than it means, at one of its exchanges or sums.
+/// A rank that sends a wrong message at one of its exchanges, or a wrong value in one of its sums.
 struct Liar {
     ranks: Threads,
     calls: AtomicU64,
@@ -423,7 +423,7 @@ struct Liar {
 enum Lie {
     /// A signal came before this exchange.
     Stopped(u64),
-    /// This sum brings another value.
+    /// This sum has another value.
     Sum(u64),
 }
 

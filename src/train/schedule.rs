@@ -21,7 +21,7 @@ pub enum Schedule {
         /// The number of repetitions.
         cycles: f64,
     },
-    /// Falls as a power of what is left.
+    /// Falls as a power of the remaining share of steps.
     Polynomial {
         /// Rate at the end.
         end: f64,
@@ -67,7 +67,7 @@ pub enum Warmup {
 pub struct Stages {
     /// Steps of the last stage.
     pub decay_steps: u64,
-    /// `None`: what warm-up and decay leave of all steps.
+    /// `None`: all steps except those of warm-up and decay.
     pub stable_steps: Option<u64>,
     /// Course of the warm-up.
     pub rise: Shape,
@@ -103,7 +103,7 @@ impl Shape {
 }
 
 impl Warmup {
-    /// Steps of warm-up out of `total`.
+    /// Returns the number of steps of warm-up out of `total`.
     pub fn steps(self, total: u64) -> u64 {
         match self {
             Warmup::Steps(steps) => steps,
@@ -112,7 +112,7 @@ impl Warmup {
     }
 }
 
-/// The wave from 1 down: half a wave for `cycles` of a half.
+/// Returns the wave from 1 down: half a wave for `cycles` of a half.
 fn wave(cycles: f64, progress: f64) -> f64 {
     0.5 * (1.0 + (PI * cycles * 2.0 * progress).cos())
 }
@@ -121,7 +121,7 @@ impl Schedule {
     /// Cosine from the peak to zero.
     pub const COSINE: Schedule = Schedule::Cosine { cycles: 0.5 };
 
-    /// Factor on the learning rate in `step` (0 for the first) out of `total`.
+    /// Returns the factor on the learning rate in `step` (0 for the first) out of `total`.
     pub fn factor(self, step: u64, total: u64, warmup: u64) -> f64 {
         let rise = step as f64 / warmup.max(1) as f64;
         let span = total.saturating_sub(warmup).max(1) as f64;
@@ -155,7 +155,7 @@ impl Schedule {
         }
     }
 
-    /// The name in `lr_scheduler_type`.
+    /// Returns the name in `lr_scheduler_type`.
     pub fn name(self) -> &'static str {
         match self {
             Schedule::Linear => "linear",

@@ -25,9 +25,9 @@ pub struct Sets<'a> {
 pub struct Source<'a> {
     /// The entry.
     pub entry: usize,
-    /// Its name in metrics.
+    /// The source's name in metrics.
     pub name: String,
-    /// Its examples.
+    /// The source's examples.
     pub examples: Examples<'a>,
 }
 

@@ -19,7 +19,7 @@ pub enum Policy {
     Skip,
 }
 
-/// How steps are judged.
+/// The rules for finding spikes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Spikes {
     /// The consequence of a spike.
@@ -78,7 +78,7 @@ impl History {
     }
 }
 
-/// The middle value, or the mean of the two in the middle; `None` of no values.
+/// Returns the middle value, or the mean of the two in the middle; `None` of no values.
 fn median(values: &[f64]) -> Option<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);

@@ -1,4 +1,4 @@
-//! Tests of what can disturb a step: memory that runs out, spikes, updates without effect.
+//! Tests of disturbed steps: memory that runs out, spikes, updates without effect.
 
 use serde_json::json;
 
@@ -17,7 +17,7 @@ use crate::model::{load, random};
 use crate::ops::starve;
 use crate::report::Report;
 
-/// A decoder of random weights, and a new adapter with dropout.
+/// Returns a decoder of random weights, and a new adapter with dropout.
 pub(super) fn decoder() -> (Decoder, Trainable) {
     decoder_of_rank(LoraOptions::default().r)
 }
@@ -45,7 +45,7 @@ fn decoder_with(lora: LoraOptions) -> (Decoder, Trainable) {
     (decoder, adapter)
 }
 
-/// Twelve examples of four lengths.
+/// Returns twelve examples of four lengths.
 pub(super) fn examples() -> Vec<Example> {
     let example = |i: usize| Example {
         ids: (0..9 + 5 * (i % 4)).map(|j| ((i * 17 + j * j * 5) % 61) as u32).collect(),
@@ -54,7 +54,7 @@ pub(super) fn examples() -> Vec<Example> {
     (0..12).map(example).collect()
 }
 
-/// A memory plan that has smaller ones.
+/// Returns a memory plan that has smaller ones.
 pub(super) fn running(decoder: &Decoder, adapter: &Trainable) -> Running {
     let task = memory::Task {
         facts: decoder.facts.clone(),
@@ -85,8 +85,8 @@ pub(super) fn running(decoder: &Decoder, adapter: &Trainable) -> Running {
     Running::start(task, machine).unwrap()
 }
 
-/// (losses of the steps, parameters at the end, levels at the end). `fails_at`: the first allocation of the run to
-/// fail, and how many fail.
+/// Returns (losses of the steps, parameters at the end, levels at the end). `fails_at`: the first allocation of the run
+/// to fail, and how many fail.
 fn train(fails_at: Option<(usize, usize)>) -> (Vec<f64>, Vec<f64>, Vec<Keep>) {
     let (decoder, adapter) = decoder();
     let mut passes = Passes::planned(running(&decoder, &adapter));
@@ -146,7 +146,7 @@ fn the_smallest_plan_is_the_last() {
     assert!(fault.message.contains("out of memory at step 1 with the smallest plan"), "{fault}");
 }
 
-/// The evaluations of a run of six steps with two sources, and the best by `judging`.
+/// Returns the evaluations of a run of six steps with two sources, and the best by `judging`.
 fn evaluated(options: Options) -> (Vec<Metric>, Trained) {
     let (decoder, adapter) = decoder();
     let all = examples();
@@ -228,7 +228,7 @@ fn evaluations_come_when_the_keys_say() {
     assert_eq!(steps(every(Every::Minutes(1e6))), [6], "the last step is always evaluated");
 }
 
-/// The options of a run whose steps differ: one example each, in the dataset's order.
+/// Returns the options of a run whose steps differ: one example each, in the dataset's order.
 fn uneven(steps: u64, spikes: Option<Spikes>) -> Options {
     Options {
         learning_rate: 1e-2,
@@ -248,7 +248,7 @@ fn rule(policy: Policy, factor: f64) -> Option<Spikes> {
     Some(Spikes { policy, factor, window: 3 })
 }
 
-/// The result, the parameters at the end, and the lines of metrics. `folder` keeps checkpoints.
+/// Returns the result, the parameters at the end, and the lines of metrics. `folder` keeps checkpoints.
 fn outcome(options: &Options, folder: Option<&std::path::Path>) -> (Result<Trained>, Vec<f64>, Vec<Metric>) {
     // Matrices of rank 128 have 8-bit moments, unless they have few rows.
     outcome_of(if options.eight_bit_moments { decoder_of_rank(128) } else { decoder() }, options, folder)
@@ -302,7 +302,7 @@ fn a_run_with_8_bit_moments_learns_and_is_continued_to_the_same_bits() {
     let (faster, other, _) = outcome(&Options { loraplus_ratio: Some(4.0), ..options(6) }, None);
     let (full, _, _) = outcome(&uneven(6, None), None);
     let (full_faster, _, _) = outcome(&Options { loraplus_ratio: Some(4.0), ..uneven(6, None) }, None);
-    // With LoRA+, the rate of B is four times as large, and so is what the rounding of its moments moves.
+    // With LoRA+, the rate of B is four times as large, and so is the effect of rounding its moments.
     let cases = [(&trained, full.unwrap(), 0.03), (&faster.unwrap(), full_faster.unwrap(), 0.05)];
     for (narrow, full, most) in cases {
         assert_eq!(narrow.first_loss, full.first_loss);

@@ -1,8 +1,8 @@
 //! Each rank's message at a point of the run -> the next step of all of them.
 //!
-//! Ranks speak at few points: at the start, after the passes of a step, after an evaluation, and at the end. A rank
-//! that fails in its passes says so there, so that every rank ends with the same message. One that fails elsewhere
-//! tells the others by `Collective::fails`.
+//! Ranks exchange messages at few points: at the start, after the passes of a step, after an evaluation, and at the
+//! end. A rank that fails in its passes reports it there, so that every rank ends with the same message. One that fails
+//! elsewhere informs the others by `Collective::fails`.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::fault::{Fault, Kind, Result};
 use crate::ranks::Collective;
 
-/// How the work since the last point ended on a rank.
+/// The end of a rank's work since the last point.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum Said {
     /// The work is done.
@@ -30,7 +30,7 @@ pub(super) enum Said {
     },
 }
 
-/// How the work since the last point ended on all ranks together.
+/// The end of all ranks' work since the last point.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Outcome {
     /// Every rank is done.
@@ -44,7 +44,7 @@ pub(super) enum Outcome {
 /// The messages of all ranks.
 #[derive(Debug)]
 pub(super) struct Heard<T> {
-    /// How the work ended.
+    /// The end of the work.
     pub outcome: Outcome,
     /// Each rank's further values, by rank.
     pub told: Vec<T>,
@@ -68,7 +68,7 @@ impl From<&Fault> for Said {
 }
 
 impl Said {
-    /// A rank's message about a result: it is there, or the reason why it is not.
+    /// Returns a rank's message about a result: it is there, or the reason why it is not.
     pub fn of<T>(result: &Result<T>) -> Said {
         result.as_ref().map_or_else(Said::from, |_| Said::Done)
     }
@@ -80,8 +80,8 @@ impl Said {
     }
 }
 
-/// Says how this rank's work ended and `told`, and returns what all ranks said. If a rank failed, its fault is every
-/// rank's. A failure counts more than a signal, and a signal more than memory that ran out.
+/// Sends the end of this rank's work and `told` to all ranks, and returns the messages of all. If a rank failed, its
+/// fault is every rank's. A failure counts more than a signal, and a signal more than memory that ran out.
 pub(super) fn agree<T: Serialize + DeserializeOwned>(
     ranks: &dyn Collective,
     said: Said,
@@ -116,7 +116,7 @@ pub(super) fn agree<T: Serialize + DeserializeOwned>(
     Ok(Heard { outcome: outcome(said), told: told.collect::<Result<_>>()? })
 }
 
-/// How the work ended, if no rank failed.
+/// Returns the end of the work, if no rank failed.
 fn outcome(said: Vec<Said>) -> Outcome {
     if said.contains(&Said::Stopped) {
         return Outcome::Stopped;
@@ -143,7 +143,7 @@ mod tests {
     use crate::ranks::Alone;
     use crate::ranks::threads::{self, Threads};
 
-    /// The outcome for each of the ranks if they send this and their number.
+    /// Returns the outcome for each of the ranks if they send this and their number.
     fn heard(said: &[Said]) -> Vec<std::result::Result<(Outcome, Vec<usize>), String>> {
         threads::all(Threads::of(said.len()), |ranks| {
             let rank = ranks.place().rank;

@@ -1,4 +1,4 @@
-//! The end of a training -> what it tells: steps, losses, speed, and which step the adapter is of.
+//! The results of a training: steps, losses, speed, and the step of the adapter.
 
 /// The result of training.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -27,7 +27,7 @@ pub struct Trained {
     /// The step that the adapter is of; `None`: the last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restored_step: Option<u64>,
-    /// Training ended before its end, since evaluations did not improve.
+    /// Whether training ended early, since evaluations did not improve.
     #[serde(default)]
     pub stopped_early: bool,
     /// Steps that changed nothing, since they were spikes.
@@ -51,7 +51,7 @@ pub struct BestEvaluation {
 }
 
 impl Trained {
-    /// The state of the training that the adapter is of, in words.
+    /// Returns the state of the training that the adapter is of, in words.
     pub fn adapter(&self) -> String {
         match (&self.best, self.restored_step) {
             (Some(best), Some(step)) => {

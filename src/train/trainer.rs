@@ -51,9 +51,9 @@ pub fn run<'a>(
     run_together(&Alone, decoder, adapter, data, options, passes, checkpoints, report, log)
 }
 
-/// As `run`, together with the other ranks, which do the same with the same decoder, data and options. An optimizer
-/// step has the same examples whatever the number of ranks is. Rank 0 alone reads and writes `checkpoints`, speaks to
-/// `report` and calls `log`; every rank ends with the same adapter, or with a fault of the same kind.
+/// Does `run` together with the other ranks, which have the same decoder, data and options. An optimizer step has the
+/// same examples for every number of ranks. Rank 0 alone reads and writes `checkpoints`, sends events to `report` and
+/// calls `log`; every rank ends with the same adapter, or with a fault of the same kind.
 #[allow(clippy::too_many_arguments)]
 pub fn run_together<'a>(
     ranks: &dyn Collective,
@@ -73,7 +73,8 @@ pub fn run_together<'a>(
     let ended = Trainer::new(ranks, decoder, adapter, data.into(), options, passes, report)
         .and_then(|trainer| trainer.train(checkpoints.filter(|_| leads), log));
     if let Err(fault) = &ended {
-        // A rank that failed by itself says so, whatever call the others are in. If they know, they say the same.
+        // A rank that failed by itself reports its fault in any call that the others are in. If they know it, they
+        // report the same.
         ranks.fails(fault);
     }
     ended
@@ -216,7 +217,7 @@ impl<'a> Trainer<'a> {
         })
     }
 
-    /// Training from its beginning, or from a checkpoint, to its end.
+    /// Trains from the beginning, or from a checkpoint, to the end.
     fn train(
         mut self,
         checkpoints: Option<&Checkpoints>,
@@ -358,7 +359,7 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// This rank's passes of a step: how they ended, and the loss sum of each.
+    /// Computes this rank's passes of a step. Returns the end that they reached, and the loss sum of each.
     fn passes_of(&self, share: &Share, scale: f64) -> (Said, Vec<Number>) {
         let mut together = match self.decoder.together(share.batches.len(), Some(self.adapter)) {
             Ok(together) => together,
@@ -381,8 +382,8 @@ impl<'a> Trainer<'a> {
         (said, Vec::new())
     }
 
-    /// The loss sum of each pass; `None` after a signal. The last pass computes the gradients of a layer for good, so
-    /// that the ranks' sum of them may begin.
+    /// Computes the passes, and returns the loss sum of each; `None` after a signal. The last pass completes the
+    /// gradients of a layer, so that the ranks' sum of them may begin.
     fn passes(
         &self,
         share: &Share,
@@ -412,8 +413,8 @@ impl<'a> Trainer<'a> {
         Ok(if interrupt::requested() && losses.is_empty() { None } else { Some(losses) })
     }
 
-    /// Adds up over the ranks what no piece of the gradient has: the lowest layers and the losses. Each rank's loss has
-    /// a place of its own, so that no rank's loss is rounded to another's.
+    /// Adds up over the ranks the values that are in no piece of the gradient: those of the lowest layers and the
+    /// losses. Each rank's loss has a place of its own, so that no rank's loss is rounded to another's.
     fn summed(&self, losses: Vec<Number>) -> Result<Vec<Number>> {
         let place = self.ranks.place();
         if place.world == 1 {
@@ -429,7 +430,7 @@ impl<'a> Trainer<'a> {
     }
 
     /// Ends all ranks if they computed different numbers in this step, the last one whose numbers are known. It comes
-    /// before whatever keeps the parameters of that step, so that no checkpoint and no adapter holds what the ranks do
+    /// before the parameters of that step are kept, so that no checkpoint and no adapter holds values that the ranks do
     /// not agree on.
     fn confirm(&self, step: u64) -> Result<()> {
         if self.ranks.place().world == 1 {
@@ -450,11 +451,11 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Changes to smaller plans where memory ran out, and agrees on the size of passes. `errors` are those of the ranks
-    /// that ran out.
+    /// Changes to smaller plans on the ranks whose memory ran out, and agrees on the size of passes. `errors` are those
+    /// of the ranks that ran out.
     fn shrink(&mut self, errors: &[Option<String>]) -> Result<()> {
         let (place, step) = (self.ranks.place(), self.sent + 1);
-        // The graphs' memory goes first. They hold addresses of what a smaller plan no longer keeps.
+        // The graphs' memory is freed first. Graphs hold addresses of tensors that a smaller plan does not keep.
         let gave_up = self.recorder.get_mut().give_up();
         let own = errors[place.rank].as_ref().map(|error| match gave_up {
             true => Ok(format!("out of memory at step {step}; the step is repeated without CUDA graphs")),
@@ -471,7 +472,7 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// The passes of this rank in the next step, and the sizes of the whole step.
+    /// Returns the passes of this rank in the next step, and the sizes of the whole step.
     fn share_of_step(&self) -> Share {
         let step = self.sent;
         let epoch = mix(self.options.seed ^ mix(self.steps.epoch(step)));
@@ -545,7 +546,8 @@ impl<'a> Trainer<'a> {
         self.progress.advance(1);
         let done = self.state.step;
         let last = done == self.steps.total;
-        // A skipped step's loss may be no number; then it is no part of any mean, and the next line tells of the rest.
+        // A skipped step's loss may be no number. Then it is no part of any mean, and the next line has the mean of the
+        // other steps.
         if step.loss.is_finite() && step.grad_norm.is_finite() {
             self.state.first_loss.get_or_insert(step.loss);
             self.state.loss = step.loss;
@@ -598,7 +600,7 @@ impl<'a> Trainer<'a> {
         checkpoint::save(checkpoints, &self.state, params, &self.moments, self.options.checkpoints_max)
     }
 
-    /// The fault for a signal. Rank 0 writes a checkpoint first if possible.
+    /// Returns the fault for a signal. Rank 0 writes a checkpoint first if possible.
     pub(super) fn stop(&self, checkpoints: Option<&Checkpoints>) -> Fault {
         let step = self.state.step;
         if let Err(fault) = self.confirm(step) {
@@ -626,7 +628,7 @@ impl<'a> Trainer<'a> {
     }
 }
 
-/// The cut of the gradient. Ranks that share the base gather its layers while a pass computes, which takes far
+/// Returns the cut of the gradient. Ranks that share the base gather its layers while a pass computes, which takes far
 /// longer than the sum of an adapter, so that they sum it at the end.
 fn cut(ranks: &dyn Collective, decoder: &Decoder, adapter: &Trainable) -> Cut {
     let shares = decoder.ring.as_ref().is_some_and(Ring::is_shared);

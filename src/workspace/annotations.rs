@@ -27,9 +27,9 @@ pub struct Annotation {
     pub name: &'static str,
     /// Form of its value, for people.
     pub value: &'static str,
-    /// Whether the user or the controller writes it.
+    /// The side that writes it: the user or the controller.
     pub side: Side,
-    /// Its meaning, in a sentence.
+    /// The meaning of the annotation, in a sentence.
     pub about: &'static str,
 }
 
@@ -171,7 +171,7 @@ pub fn read(workspace: &Workspace) -> Result<Options> {
     reader.mistakes.into_result_of("the Workspace").map(|()| options)
 }
 
-/// The annotations that are inputs of the run, by full name; the controller's own are not.
+/// Returns the annotations that are inputs of the run, by full name; the controller's own are not.
 pub fn inputs(workspace: &Workspace) -> BTreeMap<&str, &str> {
     let annotations = workspace.metadata.annotations.iter().flatten();
     annotations
@@ -183,7 +183,7 @@ pub fn inputs(workspace: &Workspace) -> BTreeMap<&str, &str> {
         .collect()
 }
 
-/// The table in Markdown; docs/annotations.md holds it.
+/// Returns the table in Markdown; docs/annotations.md holds it.
 pub fn markdown() -> String {
     let row = |annotation: &Annotation| {
         format!("| `{PREFIX}{}` | {} | {} |\n", annotation.name, annotation.value, annotation.about)
@@ -230,7 +230,7 @@ impl Reader<'_> {
         self.with(name, |text| Some(text.to_owned()))
     }
 
-    /// The value as `read` understands it. An empty value counts as none.
+    /// Returns the value as `read` understands it. An empty value counts as none.
     fn with<T>(&mut self, name: &str, read: impl Fn(&str) -> Option<T>) -> Option<T> {
         let text = self.workspace.annotation(&format!("{PREFIX}{name}"))?.trim();
         if text.is_empty() {
@@ -255,7 +255,7 @@ fn boolean(text: &str) -> Option<bool> {
     text.parse().ok()
 }
 
-/// A DNS-1123 subdomain, as names of objects are.
+/// Returns a DNS-1123 subdomain, as names of objects are.
 pub(super) fn object_name(text: &str) -> Option<String> {
     let label = |label: &str| {
         let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
@@ -269,7 +269,7 @@ fn address(text: &str) -> Option<String> {
     known.iter().any(|start| text.starts_with(start)).then(|| text.to_owned())
 }
 
-/// Names, each once: Kubernetes refuses a list that has one twice.
+/// Parses names and drops duplicates, because Kubernetes refuses a list with duplicates.
 fn names(text: &str) -> Option<Vec<String>> {
     let mut names = Vec::new();
     for name in text.split(',') {
@@ -281,7 +281,7 @@ fn names(text: &str) -> Option<Vec<String>> {
     Some(names)
 }
 
-/// `500m`, `1.5`, `20Gi`, `1e3`: Kubernetes' quantities, as far as anybody writes them.
+/// Reads Kubernetes' quantities in the usual forms: `500m`, `1.5`, `20Gi`, `1e3`.
 fn quantity(text: &str) -> Option<String> {
     let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.').len();
     let (number, unit) = text.split_at(digits);
@@ -289,7 +289,7 @@ fn quantity(text: &str) -> Option<String> {
     (number.parse::<f64>().is_ok() && units.contains(&unit)).then(|| text.to_owned())
 }
 
-/// `90`, `90s`, `15m`, `2h`, `7d`.
+/// Reads a duration: `90`, `90s`, `15m`, `2h` or `7d`.
 fn seconds(text: &str) -> Option<i64> {
     let (number, unit) = match text.char_indices().next_back()? {
         (_, last) if last.is_ascii_digit() => (text, 1),
@@ -311,7 +311,7 @@ fn assignments(text: &str) -> Option<Vec<String>> {
     lines(text).map(|line| whole(line).then(|| line.to_owned())).collect()
 }
 
-/// Variables, each once: of two lines with the same name the last counts, as in a shell.
+/// Parses variables. Of two lines with the same name the last counts, as in a shell.
 fn environment(text: &str) -> Option<Vec<EnvVar>> {
     let mut list: Vec<EnvVar> = Vec::new();
     for line in lines(text) {

@@ -1,7 +1,7 @@
 //! The CustomResourceDefinition of Workspace, from the types of `kind.rs`, for clusters without KAITO.
 //!
-//! Same names, columns and schema as KAITO's for the fields hone reads; what it does not read (`inference.template`,
-//! volume sources) is kept as it is. Where KAITO is installed, its own definition stays.
+//! Names, columns and schema are KAITO's for the fields that hone reads. Fields that it does not read
+//! (`inference.template`, volume sources) are kept as they are. If KAITO is installed, its own definition stays.
 
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
@@ -20,7 +20,7 @@ const LATER: [&[&str]; 6] = [
 /// KAITO's default of v1alpha1.
 pub const INSTANCE_DEFAULT: &str = "Standard_NC24ads_A100_v4";
 
-/// The CustomResourceDefinition to apply.
+/// Returns the CustomResourceDefinition to apply.
 pub fn definition() -> Value {
     let stored = VERSIONS[VERSIONS.len() - 1];
     let version = |name: &str| {
@@ -44,7 +44,7 @@ pub fn definition() -> Value {
     })
 }
 
-/// KAITO's print columns.
+/// Returns KAITO's print columns.
 fn columns(newest: bool) -> Value {
     let condition = |name: &str, type_: &str| {
         let path = format!(".status.conditions[?(@.type==\"{type_}\")].status");
@@ -77,7 +77,7 @@ fn schema(newest: bool) -> Value {
     for field in ["apiVersion", "kind", "metadata"] {
         schema["properties"][field].as_object_mut().expect("a field of every object").remove("description");
     }
-    // In the types they are optional, so that what is missing is told by `validate` with everything else.
+    // The types have them as optional, so that `validate` reports missing fields together with all other mistakes.
     for (path, required) in [
         ("/resource", json!(["labelSelector"])),
         ("/tuning", json!(["input", "output"])),
@@ -102,7 +102,7 @@ fn schema(newest: bool) -> Value {
     schema
 }
 
-/// JSON Schema as schemars writes it -> what a CRD may hold: one type each, no null, no default of ours.
+/// Changes a JSON Schema of schemars into one that a CRD may hold: one type each, no null, no default of ours.
 fn structural(schema: &mut Value) {
     let Value::Object(fields) = schema else { return };
     fields.remove("title");
@@ -135,7 +135,8 @@ fn structural(schema: &mut Value) {
 mod tests {
     use super::*;
 
-    /// The errors that an API server would report of an object: types, required fields, and fields it would drop.
+    /// Collects the errors that an API server would report about an object: types, required fields, and fields that it
+    /// would drop.
     fn check(schema: &Value, value: &Value, path: &str, found: &mut Vec<String>) {
         if let Some(choices) = schema["enum"].as_array()
             && !choices.contains(value)

@@ -1,4 +1,4 @@
-//! Files of Workspaces and ConfigMaps -> the objects to apply: what `hone render` does.
+//! Files of Workspaces and ConfigMaps -> the objects to apply. This is the work of `hone render`.
 
 use std::io::Read;
 use std::path::PathBuf;
@@ -27,12 +27,12 @@ pub struct Applied {
 }
 
 impl Applied {
-    /// The objects as YAML documents.
+    /// Returns the objects as YAML documents.
     pub fn yaml(&self) -> String {
         yaml::write(&self.objects)
     }
 
-    /// The objects as one List.
+    /// Returns the objects as one List.
     pub fn json(&self) -> Value {
         json!({"apiVersion": "v1", "kind": "List", "items": self.objects})
     }
@@ -72,7 +72,8 @@ pub fn apply(files: &[PathBuf], settings: &Settings) -> Result<Applied> {
     }
 }
 
-/// The images that Workspaces of the same files push. Without a cluster there is no digest, so the tag stands for it.
+/// Returns the images that Workspaces of the same files push. Without a cluster there is no digest, so the tag stands
+/// for it.
 fn tuned(documents: &[Document]) -> Result<Tuned> {
     let mut tuned = Tuned::new();
     for document in documents {
@@ -138,12 +139,12 @@ fn known_version(workspace: &Workspace) -> Result<()> {
     }
 }
 
-/// `data."training_config.yaml"`.
+/// Returns the text at `data."training_config.yaml"`.
 pub fn entry<'a>(map: &'a ConfigMap, name: &str) -> Result<&'a str> {
     entry_of(map, name, CONFIG_FILE)
 }
 
-/// The entry `file` of a ConfigMap's data.
+/// Returns the entry `file` of a ConfigMap's data.
 ///
 /// # Errors
 /// Config: there is none.

@@ -1,5 +1,5 @@
-//! `inference_config.yaml`, the configuration of KAITO's own servers -> flags of `hone serve`, and what has no meaning
-//! there.
+//! `inference_config.yaml`, the configuration of KAITO's own servers -> flags of `hone serve`, and the settings that
+//! have no meaning there.
 //!
 //! Source: KAITO v0.12, `presets/workspace/inference/vllm/inference_api.py`: below `vllm` stand vLLM's flags without
 //! their dashes.
@@ -91,7 +91,7 @@ impl Reader<'_> {
         }
     }
 
-    /// vLLM takes - and _ alike.
+    /// Reads one flag of vLLM, in which `-` and `_` mean the same.
     fn flag(&mut self, written: &str, node: &Node) {
         let key = written.replace('_', "-");
         match key.as_str() {
@@ -125,7 +125,7 @@ impl Reader<'_> {
         }
     }
 
-    /// The first name is the base's id.
+    /// Reads the names of the model. The first one is the base's id.
     fn name(&mut self, written: &str, node: &Node) {
         let names: Vec<String> = match &node.content {
             Content::List(items) => items.iter().filter_map(text).collect(),
@@ -147,7 +147,8 @@ impl Reader<'_> {
         self.config.name = Some(first.clone());
     }
 
-    /// vLLM takes the share of the whole card, hone of what is free on it; in a pod the card is empty.
+    /// Reads the share of memory. vLLM means a share of the whole card, hone of the card's free memory; in a pod the
+    /// card is empty.
     fn share(&mut self, written: &str, node: &Node) {
         let found = text(node).and_then(|text| text.parse::<f64>().ok());
         self.config.gpu_memory = found.filter(|share| *share > 0.0 && *share <= 1.0);
@@ -159,7 +160,7 @@ impl Reader<'_> {
         }
     }
 
-    /// As vLLM writes counts: `4096`, `4k` (thousands), `4K` (1,024s).
+    /// Parses a count as vLLM writes it: `4096`, `4k` (thousands), `4K` (1,024s).
     fn count(&mut self, written: &str, node: &Node) -> Option<u64> {
         let found = text(node).and_then(|text| count(&text)).filter(|count| *count > 0);
         if found.is_none() {

@@ -1,6 +1,6 @@
 //! KAITO's Workspace, as its API writes it: the fields hone uses are typed, the others kept as they are.
 //!
-//! Source: KAITO v0.12, `api/v1beta1/workspace_types.go`; v1alpha1 has the same fields but for `partition`,
+//! Source: KAITO v0.12, `api/v1beta1/workspace_types.go`; v1alpha1 has the same fields except `partition`,
 //! `modelAccessSecret` and three of the status. Comments of fields become descriptions of the CRD (`crd.rs`).
 
 use std::borrow::Cow;
@@ -220,17 +220,17 @@ pub struct Status {
 }
 
 impl Workspace {
-    /// The namespace, `default` where none is written.
+    /// Returns the namespace, `default` where none is written.
     pub fn namespace(&self) -> &str {
         self.metadata.namespace.as_deref().unwrap_or("default")
     }
 
-    /// The name; empty if there is none.
+    /// Returns the name; empty if there is none.
     pub fn name(&self) -> &str {
         self.metadata.name.as_deref().unwrap_or_default()
     }
 
-    /// The value of an annotation, by its full name.
+    /// Returns the value of an annotation, by its full name.
     pub fn annotation(&self, name: &str) -> Option<&str> {
         Some(self.metadata.annotations.as_ref()?.get(name)?.as_str())
     }

@@ -7,7 +7,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use super::kind::{GROUP, KIND, VERSIONS, Workspace};
 use super::{MANAGED_BY, MANAGER, WORKSPACE_LABEL};
 
-/// The labels of an object that hone makes for a Workspace.
+/// Returns the labels of an object that hone makes for a Workspace.
 pub(super) fn labels(workspace: &Workspace) -> BTreeMap<String, String> {
     BTreeMap::from([
         (WORKSPACE_LABEL.to_owned(), workspace.name().to_owned()),
@@ -15,7 +15,8 @@ pub(super) fn labels(workspace: &Workspace) -> BTreeMap<String, String> {
     ])
 }
 
-/// The owner reference of the Workspace's objects, which are deleted with it. A Workspace without a uid owns nothing.
+/// Returns the owner reference of the Workspace's objects, which are deleted with it. A Workspace without a uid owns
+/// nothing.
 pub fn owner(workspace: &Workspace) -> Option<OwnerReference> {
     Some(OwnerReference {
         api_version: format!("{GROUP}/{}", VERSIONS[VERSIONS.len() - 1]),

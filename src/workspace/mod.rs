@@ -1,10 +1,10 @@
 //! A Workspace that tunes or serves -> its objects, or why there are none. Pure: no cluster and no network is asked.
 //!
-//! `kind` is what users write, `annotations` what can be said beside it, `yaml` the files it stands in, `validate` the
-//! rules. `render` makes the Job: `request` is the very `hone run` of its container, planned here already so that
-//! mistakes are told at once; `needs` what it wants of a node; `pod` its container and volumes; `several` what a Job on
-//! several nodes has besides; `serve` makes what answers, by the configuration that `inference` reads. `hone render`
-//! prints what `hone controller` applies.
+//! `kind` has the types that users write, `annotations` the further settings, `yaml` reads files, and `validate` has
+//! the rules. `render` makes the Job. `request` builds the container's `hone run` and plans it here, so that mistakes
+//! are reported before the pod starts. `needs` computes GPUs, memory and disk, `pod` makes the container and the
+//! volumes, and `several` the additions of a Job on several nodes. `serve` makes the objects of servers, by the
+//! configuration that `inference` reads. `hone render` prints the objects that `hone controller` applies.
 
 pub mod adapters;
 pub mod annotations;
@@ -39,7 +39,7 @@ pub const WORKSPACE_LABEL: &str = "kaito.sh/workspace";
 /// KAITO's annotation of a Job, and of a Workspace.
 pub const REVISION: &str = "workspace.kaito.io/revision";
 
-/// How a cluster runs hone. Filled by the command line.
+/// The cluster's settings for hone. The command line fills them.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Settings {
     /// The image of hone; unset: `hone:cuda`, or `hone:cpu` without GPUs, as README builds them.
@@ -65,7 +65,7 @@ impl Cloud {
     /// All clouds.
     pub const ALL: [Cloud; 3] = [Cloud::Azure, Cloud::Aws, Cloud::Other];
 
-    /// The value of `--cloud`.
+    /// Returns the value of `--cloud`.
     pub fn name(self) -> &'static str {
         match self {
             Cloud::Azure => "azure",
@@ -79,7 +79,7 @@ impl Cloud {
         Cloud::ALL.into_iter().find(|cloud| cloud.name() == name)
     }
 
-    /// Azure's types are `Standard_...`, AWS's `family.size`.
+    /// Returns the cloud of an instance type. Azure's types are `Standard_...`, AWS's `family.size`.
     pub fn of_instance(instance: &str) -> Cloud {
         match instance {
             _ if instance.starts_with("Standard_") => Cloud::Azure,

@@ -49,7 +49,7 @@ pub(super) struct Needs {
     pub warnings: Vec<String>,
 }
 
-/// The number that was asked for, else the instance type's, else one.
+/// Returns the number that was asked for, else the instance type's, else one.
 pub(super) fn gpus(workspace: &Workspace, options: &Options, settings: &Settings) -> Gpus {
     let instance = &workspace.resource.instance_type;
     let known = card::find(instance).ok();
@@ -58,7 +58,7 @@ pub(super) fn gpus(workspace: &Workspace, options: &Options, settings: &Settings
     Gpus { count, card: known.map(|(card, _)| card).filter(|_| count > 0) }
 }
 
-/// Requests for a training, from its memory plan and the sizes of model and data.
+/// Returns requests for a training, from its memory plan and the sizes of model and data.
 ///
 /// # Errors
 /// Capacity: no plan fits into the card's memory. Config: modules that match nothing.
@@ -131,7 +131,7 @@ fn gpu_warnings(workspace: &Workspace, gpus: Gpus) -> Vec<String> {
     warnings
 }
 
-/// The training of a model of these facts, with passes as short as they may be.
+/// Returns the task of training a model of these facts, for a memory plan.
 fn task(run: &Run, facts: Facts) -> Result<Task> {
     let (plan, options) = (&run.plan, &run.plan.model);
     let sites = sites::sites(&facts, &options.lora)?;
@@ -153,7 +153,7 @@ fn task(run: &Run, facts: Facts) -> Result<Task> {
     })
 }
 
-/// Refused when not even short examples fit; a warning when those of the most tokens do not. Returns the memory plan
+/// Refuses a task if not even short examples fit, and warns if those of the most tokens do not. Returns the memory plan
 /// that takes the most host memory.
 fn fits(
     task: &Task,
@@ -180,8 +180,8 @@ fn fits(
     }
 }
 
-/// The content of the host's memory that the container needs: on a CPU the whole training, on a GPU the weights while
-/// they pass through.
+/// Returns the content of the host's memory that the container needs: on a CPU the whole training, on a GPU the weights
+/// while they pass through.
 fn host_bytes(task: Option<&Task>, on_gpu: bool) -> f64 {
     let Some(task) = task else { return 2.0 * HOST_BYTES };
     match on_gpu {
@@ -204,8 +204,8 @@ fn host_bytes(task: Option<&Task>, on_gpu: bool) -> f64 {
     }
 }
 
-/// The content of the node's disk: weights, data and tokens unless a claim keeps them, checkpoints and the adapter
-/// likewise.
+/// Returns the content of the node's disk: weights, data and tokens unless a claim keeps them, checkpoints and the
+/// adapter likewise.
 fn disk_bytes(task: Option<&Task>, run: &Run, options: &Options) -> f64 {
     let weights = task.map_or(UNKNOWN_WEIGHTS_BYTES, |task| 2.0 * 1.05 * task.facts.parameters() as f64);
     let adapter = task.map_or(0.0, |task| 4.0 * task.parameters() as f64);

@@ -52,7 +52,7 @@ pub(super) struct Frame<'a> {
     pub workspace: &'a Workspace,
     /// Options from its annotations.
     pub options: &'a Options,
-    /// How the cluster runs hone.
+    /// The cluster's settings for hone.
     pub settings: &'a Settings,
     /// Number of GPUs, and their card.
     pub gpus: Gpus,
@@ -61,7 +61,7 @@ pub(super) struct Frame<'a> {
 }
 
 impl Parts<'_> {
-    /// The pod of a tuning.
+    /// Returns the pod of a tuning.
     ///
     /// # Errors
     /// Config: a volume source that is none.
@@ -108,7 +108,7 @@ impl Parts<'_> {
         self.frame.environment(own, !self.docker_secrets().is_empty(), self.preset_options())
     }
 
-    /// The volumes, each with its mount.
+    /// Returns the volumes, each with its mount.
     fn volumes(&self) -> Result<Vec<(Volume, VolumeMount)>> {
         let tuning = self.frame.workspace.tuning.as_ref().expect("planned before");
         let mut volumes = vec![(
@@ -134,7 +134,7 @@ impl Parts<'_> {
         Ok(volumes)
     }
 
-    /// The user's volume, the claim that keeps checkpoints, or the node's disk; mounted at the output's folder.
+    /// Returns the user's volume, the claim that keeps checkpoints, or the node's disk; mounted at the output's folder.
     fn results(&self) -> Result<(Volume, VolumeMount)> {
         const NAME: &str = "results-volume";
         let folder = self.run.plan.output.display().to_string();
@@ -153,7 +153,7 @@ impl Parts<'_> {
         })
     }
 
-    /// Secrets with docker configurations: the push secret first, which is `config.json`; the others beside it.
+    /// Returns secrets with docker configurations: the push secret first, which is `config.json`; the others beside it.
     fn docker_secrets(&self) -> Vec<(String, String)> {
         let tuning = self.frame.workspace.tuning.as_ref().expect("planned before");
         let push = tuning.output.as_ref().map(|output| output.image_push_secret.clone());
@@ -176,7 +176,7 @@ impl Parts<'_> {
         self.frame.workspace.tuning.as_ref()?.preset.as_ref()?.preset_options.as_ref()
     }
 
-    /// The push Secret, as KAITO has it, and the Secrets of hone's image.
+    /// Returns the push Secret, as KAITO has it, and the Secrets of hone's image.
     fn image_pull_secrets(&self) -> Option<Vec<LocalObjectReference>> {
         let tuning = self.frame.workspace.tuning.as_ref()?;
         let push = tuning.output.iter().map(|output| &output.image_push_secret);
@@ -193,7 +193,7 @@ impl Parts<'_> {
 }
 
 impl Frame<'_> {
-    /// A pod without containers, volumes and policy of restarts.
+    /// Returns a pod without containers, volumes and policy of restarts.
     pub fn pod(&self) -> PodSpec {
         let user = self.options.run_as_user.unwrap_or(USER);
         PodSpec {
@@ -221,7 +221,7 @@ impl Frame<'_> {
         }
     }
 
-    /// The container without arguments, environment and mounts.
+    /// Returns the container without arguments, environment and mounts.
     pub fn container(&self) -> Container {
         Container {
             name: self.workspace.name().into(),
@@ -247,7 +247,7 @@ impl Frame<'_> {
         self.options.image.clone().or_else(|| self.settings.image.clone()).unwrap_or_else(|| default.into())
     }
 
-    /// The device. Training has one process for each GPU, and ends if a GPU is missing; a server has one GPU.
+    /// Returns the device. Training has one process for each GPU, and ends if a GPU is missing; a server has one GPU.
     fn device(&self) -> (&'static str, String) {
         match self.gpus.count {
             0 => ("HONE_DEVICE", "cpu".into()),
@@ -256,7 +256,7 @@ impl Frame<'_> {
         }
     }
 
-    /// hone's variables, then the model's token. The user's variables come last and replace hone's.
+    /// Returns hone's variables, then the model's token. The user's variables come last and replace hone's.
     pub fn environment(
         &self,
         own: Vec<EnvVar>,
@@ -305,7 +305,7 @@ impl Frame<'_> {
         }
     }
 
-    /// The cache, a folder for files in passing, docker configurations and certificates, each with its mount.
+    /// Returns the cache, a folder for files in passing, docker configurations and certificates, each with its mount.
     pub fn volumes(&self, secrets: Vec<(String, String)>) -> Vec<(Volume, VolumeMount)> {
         let cache = match &self.options.cache_claim {
             Some(claim) => claimed("cache-volume", claim),
@@ -340,7 +340,7 @@ impl Frame<'_> {
         list
     }
 
-    /// Nodes that have the selector's labels; KAITO looks at matchLabels only.
+    /// Returns nodes that have the selector's labels; KAITO looks at matchLabels only.
     fn affinity(&self) -> Option<Affinity> {
         let selector = self.workspace.resource.label_selector.as_ref()?;
         let labels = selector.match_labels.iter().flatten().map(|(key, value)| NodeSelectorRequirement {
@@ -396,7 +396,7 @@ fn claimed(name: &str, claim: &str) -> Volume {
     Volume { persistent_volume_claim: Some(source), ..named(name) }
 }
 
-/// The user's volume source under hone's name. The schema accepts any field, so unknown kinds are refused here.
+/// Returns the user's volume source under hone's name. The schema accepts any field, so unknown kinds are refused here.
 pub(super) fn from_source(name: &str, source: &serde_json::Value, field: &str) -> Result<Volume> {
     let refuse = |why: String| {
         Fault::config(format!("{field}: {why}"))

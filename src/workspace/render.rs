@@ -36,7 +36,7 @@ pub struct Asked<'a> {
     pub workspace: &'a Workspace,
     /// `training_config.yaml` of the ConfigMap in force; `None`: there is none, and the method's default is made.
     pub config: Option<&'a str>,
-    /// How the cluster runs hone.
+    /// The cluster's settings for hone.
     pub settings: &'a Settings,
     /// The revision of the Workspace's inputs, from 1.
     pub revision: i64,
@@ -55,10 +55,10 @@ pub struct Rendered {
     pub warnings: Vec<String>,
 }
 
-/// The Job of a Workspace that tunes, and its default configuration.
+/// Returns the Job of a Workspace that tunes, and its default configuration.
 ///
 /// # Errors
-/// Config, Usage: what the pod would refuse. Capacity: the model cannot be trained on that GPU.
+/// Config, Usage: all faults that the pod would report. Capacity: the model cannot be trained on that GPU.
 pub fn render(asked: &Asked) -> Result<Rendered> {
     let workspace = asked.workspace;
     let options = annotations::read(workspace)?;
@@ -78,7 +78,7 @@ pub fn render(asked: &Asked) -> Result<Rendered> {
     Ok(Rendered { config_map, service, job, warnings })
 }
 
-/// The hash of a Job's inputs: other inputs need another Job.
+/// Returns the hash of a Job's inputs: other inputs need another Job.
 pub fn inputs_hash(workspace: &Workspace, config: &str) -> String {
     let inputs = json!({
         "resource": workspace.resource,
@@ -95,7 +95,8 @@ fn method(workspace: &Workspace) -> Result<Method> {
         .ok_or_else(|| Fault::config(format!("tuning.method: expected lora or qlora, found {name:?}")))
 }
 
-/// KAITO's rule: the method says how the base is held, and the configuration must say the same.
+/// Checks KAITO's rule: the method and the configuration must name the same form of the base (LoRA: unquantised, QLoRA:
+/// 4 bits).
 fn fits_method(method: Method, quantization: &Quantization, workspace: &Workspace) -> Result<()> {
     let name = templates::config_name(workspace);
     match (method, quantization) {
@@ -112,7 +113,7 @@ fn fits_method(method: Method, quantization: &Quantization, workspace: &Workspac
     }
 }
 
-/// The configuration in force, and the ConfigMap with it if it is the default.
+/// Returns the configuration in force, and the ConfigMap with it if it is the default.
 fn config<'a>(asked: &Asked<'a>, method: Method) -> Result<(&'a str, Option<ConfigMap>)> {
     let named = asked.workspace.tuning.as_ref().is_some_and(|tuning| !tuning.config.is_empty());
     match asked.config {
@@ -148,7 +149,7 @@ fn spec(parts: &Parts) -> Result<JobSpec> {
     let options = parts.frame.options;
     let mut pod_labels = labels(parts.frame.workspace);
     if options.service_account.is_some() {
-        // Azure's webhook brings an identity to pods with this label only; other clouds do not look at it.
+        // Azure's webhook gives an identity to pods with this label only; other clouds ignore it.
         pod_labels.insert("azure.workload.identity/use".into(), "true".into());
     }
     let template = PodTemplateSpec {
@@ -172,8 +173,8 @@ fn spec(parts: &Parts) -> Result<JobSpec> {
     })
 }
 
-/// The table of exit codes as Kubernetes acts on it: a pod that was pushed off its node costs no retry, what nobody but
-/// a person can mend ends the Job at once, anything else is tried again.
+/// Returns the table of exit codes as a policy of Kubernetes. An evicted pod uses up no retry, a fault that a person
+/// must mend ends the Job at once, and everything else is tried again.
 fn failure_policy(container: &str) -> PodFailurePolicy {
     let hopeless = Kind::ALL.into_iter().filter(|kind| !kind.retry_helps());
     PodFailurePolicy {

@@ -18,10 +18,10 @@ pub(super) const CA_FOLDER: &str = "/mnt/ca";
 /// Folders that the output cannot be.
 const TAKEN: [&str; 5] = [CONFIG_FOLDER, DATA_FOLDER, CACHE_FOLDER, DOCKER_FOLDER, CA_FOLDER];
 
-/// In place of a folder that only the pod has.
+/// The model's address in place of a folder that only the pod has.
 const ELSEWHERE: &str = "oci://pod.invalid/model:folder";
 
-/// The arguments of the container, and what they mean.
+/// The arguments of the container, and the plan that they result in.
 pub(super) struct Run {
     /// Arguments of the container, from `run` on.
     pub arguments: Vec<String>,
@@ -31,10 +31,11 @@ pub(super) struct Run {
     pub preset: Option<&'static Preset>,
 }
 
-/// The command of a Workspace's container, planned as the container will plan it.
+/// Returns the command of a Workspace's container, planned as the container will plan it.
 ///
 /// # Errors
-/// Config, Usage: whatever the pod would refuse: unknown model, keys of the configuration, paths, references.
+/// Config, Usage: all faults that the pod would report: an unknown model, keys of the configuration, paths,
+/// references.
 pub(super) fn run(workspace: &Workspace, options: &Options, config: &str, on_gpu: bool) -> Result<Run> {
     let tuning = workspace.tuning.as_ref().ok_or_else(|| Fault::config("tuning: missing"))?;
     let name = tuning.preset.as_ref().map(|preset| preset.name.as_str()).unwrap_or_default();
@@ -67,7 +68,8 @@ struct Given<'a> {
 }
 
 impl Given<'_> {
-    /// Flags and values, in the order of a command line. What a volume brings is found where KAITO mounts it.
+    /// Returns the flags and values, in the order of a command line. Files of a volume are found at the path where
+    /// KAITO mounts it.
     fn flags(&self) -> Result<Vec<(&'static str, String)>> {
         let tuning = self.workspace.tuning.as_ref().expect("looked at above");
         let mut flags = vec![("model", self.model()?), ("name", self.name.to_owned())];
@@ -92,7 +94,7 @@ impl Given<'_> {
         arguments
     }
 
-    /// As the pod's command line and environment give them.
+    /// Returns the settings that the pod's command line and environment will give.
     fn settings(&self, flags: &[(&str, String)], on_gpu: bool) -> Vec<Setting> {
         let flag = |key: &str, written| Setting {
             key: key.into(),
@@ -124,7 +126,7 @@ impl Given<'_> {
         settings
     }
 
-    /// The address of the weights: the annotation's, the user's image, KAITO's artifact, or the hub.
+    /// Returns the address of the weights: the annotation's, the user's image, KAITO's artifact, or the hub.
     fn model(&self) -> Result<String> {
         let tuning = self.workspace.tuning.as_ref().expect("looked at above");
         let options = tuning.preset.as_ref().and_then(|preset| preset.preset_options.as_ref());
@@ -138,7 +140,7 @@ impl Given<'_> {
     }
 }
 
-/// The field of the Workspace that becomes a flag, for messages.
+/// Returns the field of the Workspace that becomes a flag, for messages.
 fn field(flag: &str) -> &str {
     match flag {
         "model" => "tuning.preset",
@@ -149,7 +151,7 @@ fn field(flag: &str) -> &str {
     }
 }
 
-/// The adapted modules unless the configuration names others, in the words of KAITO's environment.
+/// Returns the adapted modules unless the configuration names others, in the words of KAITO's environment.
 pub(super) fn target_modules(preset: Option<&Preset>) -> Option<String> {
     match preset?.target_modules.as_ref()? {
         Targets::Names(names) => Some(names.join(",")),

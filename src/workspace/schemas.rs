@@ -2,7 +2,7 @@
 
 use schemars::{Schema, SchemaGenerator, json_schema};
 
-/// A schema that keeps unknown fields.
+/// Returns a schema that keeps unknown fields.
 pub(super) fn anything(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"type": "object", "x-kubernetes-preserve-unknown-fields": true})
 }
@@ -23,7 +23,7 @@ pub(super) fn access_mode(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"type": "string", "enum": ["public", "private"], "default": "public"})
 }
 
-/// `metav1.LabelSelector`.
+/// Returns the schema of `metav1.LabelSelector`.
 pub(super) fn label_selector(_: &mut SchemaGenerator) -> Schema {
     let expression = serde_json::json!({
         "type": "object", "required": ["key", "operator"],
@@ -41,7 +41,7 @@ pub(super) fn label_selector(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
-/// `[]metav1.Condition`.
+/// Returns the schema of `[]metav1.Condition`.
 pub(super) fn conditions(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "array",

@@ -2,7 +2,7 @@
 //! why not.
 //!
 //! Names, ports, labels and folders are KAITO's (v0.12, `pkg/workspace/inference`). Unlike there, addresses of pods
-//! that are not ready are not published, every replica answers, and strengths count whatever the adapters are. Adapters
+//! that are not ready are not published, every replica answers, and strengths count for all adapters. Adapters
 //! and strengths stand in a ConfigMap that the servers follow (`serving/live.rs`): a change of them is no change of the
 //! pod's template, so that no server starts again. Only a new Secret to pull with, or a volume, is one.
 
@@ -50,7 +50,7 @@ const GRACE_SECONDS: i64 = 60;
 const FAREWELL_SECONDS: i64 = 5;
 /// The part of the grace period that is left when the last answers are cut off.
 const REST_SECONDS: i64 = 5;
-/// The port on which a server tells which adapters answer. No Service leads there, and it asks for no key.
+/// The port on which a server shows the adapters that answer. No Service leads there, and it asks for no key.
 pub const STATUS_PORT: i32 = 5001;
 
 /// The objects of a Workspace that serves, in the order of application.
@@ -88,7 +88,7 @@ pub struct Asked<'a> {
 /// Renders a Workspace that serves.
 ///
 /// # Errors
-/// Config: whatever is wrong with the Workspace or its configuration, and adapters that a tuning Workspace has not
+/// Config: all mistakes of the Workspace or its configuration, and adapters that a tuning Workspace has not
 /// pushed yet. Capacity: weights that no GPU of that type holds.
 pub fn serve(asked: &Asked) -> Result<Served> {
     let Asked { workspace, settings, tuned, .. } = *asked;
@@ -146,13 +146,13 @@ fn config(asked: &Asked, inference: &Inference) -> Result<inference::Config> {
 }
 
 impl Served {
-    /// The text of the file that servers follow.
+    /// Returns the text of the file that servers follow.
     pub fn adapters_file(&self) -> &str {
         let data = self.adapters.data.as_ref();
         data.and_then(|data| data.get(ADAPTERS_FILE)).map(String::as_str).unwrap_or_default()
     }
 
-    /// All objects as JSON.
+    /// Returns all objects as JSON.
     pub fn objects(&self) -> Vec<Value> {
         let object = |value: serde_json::Result<Value>| value.expect("texts and numbers");
         let mut list = vec![object(serde_json::to_value(&self.adapters))];
@@ -163,7 +163,8 @@ impl Served {
     }
 }
 
-/// Host memory, disk and the card's memory, by the catalogue's parameter counts; without them the server itself tells.
+/// Returns the host memory, disk and the card's memory, by the catalogue's parameter counts; without them the server
+/// itself reports it.
 fn what_it_needs(
     workspace: &Workspace,
     preset: Option<&Preset>,
@@ -215,7 +216,7 @@ struct Server<'a> {
     config: inference::Config,
 }
 
-/// The ConfigMap that tells the servers of a Workspace what to answer with.
+/// Returns the name of the ConfigMap with the adapters of a Workspace's servers.
 pub fn adapters_name(workspace: &Workspace) -> String {
     format!("{}-adapters", workspace.name())
 }
@@ -264,7 +265,7 @@ impl Server<'_> {
         format!("{}-headless", self.name())
     }
 
-    /// Port 80 leads to the server's. Only pods that are ready are found by either.
+    /// Returns the Service, whose port 80 leads to the server's port. Only pods that are ready are found by either.
     fn service(&self, headless: bool) -> Service {
         let balanced =
             self.frame.workspace.annotation(BALANCER).is_some_and(|text| text.eq_ignore_ascii_case("true"));
@@ -374,7 +375,7 @@ impl Server<'_> {
         FAREWELL_SECONDS.min(self.grace() - 1)
     }
 
-    /// `hone serve MODEL --name=... --listen=... --adapters-file=...`
+    /// Returns the arguments: `serve MODEL --name=... --listen=... --adapters-file=...`.
     fn arguments(&self) -> Result<Vec<String>> {
         let mut arguments = vec!["serve".to_owned(), self.model()?];
         arguments.extend(self.base_name().map(|name| format!("--name={name}")));
@@ -389,14 +390,15 @@ impl Server<'_> {
         Ok(arguments)
     }
 
-    /// The base's id for clients: as the configuration says, else the preset's name, as KAITO's servers have it.
+    /// Returns the base's id for clients: as the configuration says, else the preset's name, as KAITO's servers have
+    /// it.
     fn base_name(&self) -> Option<String> {
         let preset = self.inference.preset.as_ref().map(|preset| preset.name.clone());
         self.config.name.clone().or(preset).filter(|name| !name.is_empty())
     }
 
-    /// The adapters with their sources, and their sum under the Workspace's name, which answers requests that name no
-    /// model.
+    /// Returns the adapters with their sources, and their sum under the Workspace's name, which answers requests that
+    /// name no model.
     fn adapters(&self) -> Result<ConfigMap> {
         let mut adapters = Vec::new();
         let mut parts = Vec::new();
@@ -428,7 +430,7 @@ impl Server<'_> {
         })
     }
 
-    /// The source of an adapter: an image, the image of a tuning Workspace, or a mounted folder.
+    /// Returns the source of an adapter: an image, the image of a tuning Workspace, or a mounted folder.
     fn source(&self, adapter: &Adapter, place: usize) -> Result<String> {
         let image = adapter.source.as_ref().map(|source| source.image.as_str()).unwrap_or_default();
         if let Some(name) = image.strip_prefix(TUNED) {
@@ -469,7 +471,7 @@ impl Server<'_> {
         self.inference.preset.as_ref()?.preset_options.as_ref()
     }
 
-    /// The Secrets for pulling adapters and weights.
+    /// Returns the Secrets for pulling adapters and weights.
     fn docker_secrets(&self) -> Vec<(String, String)> {
         let adapters = self.inference.adapters.iter().filter_map(|adapter| adapter.source.as_ref());
         let adapters = adapters.flat_map(|source| &source.image_pull_secrets);

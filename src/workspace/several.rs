@@ -1,12 +1,12 @@
-//! A Workspace that trains on several nodes -> what its Job has besides: an index for each pod, a Service that gives
-//! the pods names, rules for a set that ends as one, and the variables by which the pods find each other.
+//! A Workspace that trains on several nodes -> the further parts of its Job: an index for each pod, a Service that
+//! gives the pods names, rules for a set that ends as one, and the variables by which the pods find each other.
 //!
 //! One pod is one node, and hone starts one rank for each GPU of it. If a rank fails, the ranks of all pods end within
-//! about a minute and every pod fails. Kubernetes then creates the pod of each index anew, and the set resumes from the
-//! checkpoint of pod 0. Failures are counted for each index, because one failure of the set is one of each pod: a limit
-//! for the whole Job would be used up by one failure of a large set, and its growing pause (10 s, doubled with each pod
-//! that failed) would reach ten minutes after the first. A pod that only stopped because another one was stopped
-//! (exit codes 30 and 31) costs nothing, as a pod that is moved costs nothing.
+//! about a minute and every pod fails. Kubernetes then creates the pod of each index again, and the set resumes from
+//! the checkpoint of pod 0. Failures are counted for each index, because one failure of the set is one of each pod: a
+//! limit for the whole Job would be used up by one failure of a large set, and its growing pause (10 s, doubled with
+//! each pod that failed) would reach ten minutes after the first. A pod that only stopped because another one was
+//! stopped (exit codes 30 and 31) costs nothing, as a pod that is moved costs nothing.
 
 use k8s_openapi::api::batch::v1::{
     JobSpec, PodFailurePolicyOnExitCodesRequirement, PodFailurePolicyRule, SuccessPolicy, SuccessPolicyRule,
@@ -38,7 +38,7 @@ pub(super) const TOKEN_VARIABLE: &str = "HONE_RANKS_TOKEN";
 /// Memory that processes of one node share. The container runtime's own has 64 MiB, which NCCL exceeds.
 pub(super) const SHARED_MEMORY: &str = "/dev/shm";
 
-/// The number of nodes that a Workspace asks for.
+/// Returns the number of nodes that a Workspace asks for.
 pub fn nodes(workspace: &Workspace) -> i32 {
     workspace.resource.count.unwrap_or(1).max(1)
 }
@@ -48,12 +48,13 @@ pub fn is_set(workspace: &Workspace) -> bool {
     workspace.tuning.is_some() && nodes(workspace) > 1
 }
 
-/// The name of the Service that gives the pods of a set their names.
+/// Returns the name of the Service that gives the pods of a set their names.
 pub fn service_name(workspace: &Workspace) -> String {
     format!("{}-ranks", workspace.name())
 }
 
-/// The headless Service of a set. Pods have their names before they are ready, because they find each other first.
+/// Returns the headless Service of a set. Pods have their names before they are ready, because they find each other
+/// first.
 pub fn service(workspace: &Workspace) -> Service {
     Service {
         metadata: ObjectMeta {
@@ -81,8 +82,8 @@ pub fn service(workspace: &Workspace) -> Service {
     }
 }
 
-/// The Job of a set: a pod for each index, all at once. The set succeeds with pod 0, which writes and pushes the
-/// adapter, and it fails with the first pod that failed more often than `retries` allows.
+/// Returns the Job of a set: a pod for each index, all at once. The set succeeds with pod 0, which writes and pushes
+/// the adapter, and it fails with the first pod that failed more often than `retries` allows.
 pub(super) fn indexed(workspace: &Workspace, retries: i32, mut spec: JobSpec) -> JobSpec {
     let count = nodes(workspace);
     if let Some(policy) = spec.pod_failure_policy.as_mut() {
@@ -108,7 +109,8 @@ pub(super) fn indexed(workspace: &Workspace, retries: i32, mut spec: JobSpec) ->
     }
 }
 
-/// A pod that was not stopped itself has these codes if a rank of another pod was: no retry is used up.
+/// Returns the rule for the codes of a pod whose own ranks were not stopped, but a rank of another pod was. It uses up
+/// no retry.
 fn stopped_with_the_others(container: &str) -> PodFailurePolicyRule {
     let stopped = [Kind::Interrupted, Kind::InterruptedUnsaved];
     PodFailurePolicyRule {
@@ -122,9 +124,9 @@ fn stopped_with_the_others(container: &str) -> PodFailurePolicyRule {
     }
 }
 
-/// The variables by which the pods of a set find each other. The shared secret is the Job's uid: nobody can guess it,
-/// a pod of an earlier Job does not have it, and no Secret has to be created or read. Whoever may read the pods of the
-/// namespace can see it; `hone.sh/env` takes a Secret instead.
+/// Returns the variables by which the pods of a set find each other. The shared secret is the Job's uid: nobody can
+/// guess it, a pod of an earlier Job does not have it, and no Secret has to be created or read. Everybody who may read
+/// the pods of the namespace can see it; `hone.sh/env` takes a Secret instead.
 pub(super) fn environment(workspace: &Workspace) -> Vec<EnvVar> {
     let text = |name: &str, value: String| EnvVar { name: name.into(), value: Some(value), value_from: None };
     let field = ObjectFieldSelector {
@@ -141,18 +143,18 @@ pub(super) fn environment(workspace: &Workspace) -> Vec<EnvVar> {
     ]
 }
 
-/// The port of rank 0; every pod of the set has it, because pods differ in their index only.
+/// Returns the port of rank 0; every pod of the set has it, because pods differ in their index only.
 pub(super) fn port() -> ContainerPort {
     ContainerPort { name: Some(PORT_NAME.into()), container_port: PORT, ..ContainerPort::default() }
 }
 
-/// Shared memory for the ranks of a node. What is in it counts as memory of the container.
+/// Returns the shared memory for the ranks of a node. Its content counts as memory of the container.
 pub(super) fn shared_memory() -> Volume {
     let source = EmptyDirVolumeSource { medium: Some("Memory".into()), size_limit: None };
     Volume { name: "dshm".into(), empty_dir: Some(source), ..Volume::default() }
 }
 
-/// The demand of a set on its volumes that cannot be known without the cluster.
+/// Returns the demand of a set on its volumes that cannot be known without the cluster.
 pub(super) fn warnings(workspace: &Workspace, options: &Options) -> Vec<String> {
     if !is_set(workspace) {
         return Vec::new();
@@ -179,7 +181,7 @@ pub(super) fn warnings(workspace: &Workspace, options: &Options) -> Vec<String> 
     warnings
 }
 
-/// The claims that every pod mounts.
+/// Returns the claims that every pod mounts.
 fn claims<'a>(workspace: &'a Workspace, options: &'a Options) -> Vec<&'a str> {
     let tuning = workspace.tuning.as_ref();
     let input = tuning.and_then(|tuning| tuning.input.as_ref()?.volume_source.as_ref());

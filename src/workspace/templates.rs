@@ -21,7 +21,7 @@ pub enum Method {
 }
 
 impl Method {
-    /// The method of that name, in any letter case, as KAITO's webhook takes it.
+    /// Returns the method of that name, in any letter case, as KAITO's webhook takes it.
     pub fn named(name: &str) -> Option<Method> {
         match name.to_lowercase().as_str() {
             "lora" => Some(Method::Lora),
@@ -30,7 +30,7 @@ impl Method {
         }
     }
 
-    /// The name in a Workspace.
+    /// Returns the name in a Workspace.
     pub fn name(self) -> &'static str {
         match self {
             Method::Lora => "lora",
@@ -38,7 +38,7 @@ impl Method {
         }
     }
 
-    /// The ConfigMap that KAITO copies into a namespace.
+    /// Returns the ConfigMap that KAITO copies into a namespace.
     pub fn config_name(self) -> &'static str {
         match self {
             Method::Lora => "lora-params-template",
@@ -46,7 +46,7 @@ impl Method {
         }
     }
 
-    /// Its `training_config.yaml`.
+    /// Returns the method's `training_config.yaml`.
     pub fn config(self) -> &'static str {
         match self {
             Method::Lora => include_str!("../../examples/training_config/lora.yaml"),
@@ -55,8 +55,8 @@ impl Method {
     }
 }
 
-/// The ConfigMap in force: the one that is named, or the method's default. A Workspace that serves has no default: an
-/// empty name.
+/// Returns the ConfigMap in force: the one that is named, or the method's default. A Workspace that serves has no
+/// default: an empty name.
 pub fn config_name(workspace: &Workspace) -> String {
     if let (None, Some(inference)) = (&workspace.tuning, &workspace.inference) {
         return inference.config.clone();
@@ -68,7 +68,7 @@ pub fn config_name(workspace: &Workspace) -> String {
     named.unwrap_or(default).to_owned()
 }
 
-/// The default ConfigMap. Several Workspaces share it, so none owns it.
+/// Returns the default ConfigMap. Several Workspaces share it, so none owns it.
 pub fn config_map(method: Method, namespace: Option<String>) -> ConfigMap {
     ConfigMap {
         metadata: ObjectMeta {

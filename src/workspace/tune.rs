@@ -45,7 +45,7 @@ pub struct Options {
     pub annotations: Vec<String>,
 }
 
-/// A Workspace that tunes as the options say.
+/// Returns a Workspace that tunes as the options say.
 ///
 /// # Errors
 /// Usage: flags that do not go together, or an unknown preset.

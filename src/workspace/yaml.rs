@@ -21,7 +21,7 @@ pub struct Document {
     file: String,
 }
 
-/// The objects of a file, those of a `List` one by one.
+/// Returns the objects of a file, those of a `List` one by one.
 ///
 /// # Errors
 /// Config: not YAML, or not of objects.
@@ -55,17 +55,17 @@ pub fn read(file: &str, text: &str) -> Result<Vec<Document>> {
 }
 
 impl Document {
-    /// Its `kind`; empty if there is none.
+    /// Returns the document's `kind`; empty if there is none.
     pub fn kind(&self) -> &str {
         self.value["kind"].as_str().unwrap_or_default()
     }
 
-    /// Its `metadata.name`; empty if there is none.
+    /// Returns the document's `metadata.name`; empty if there is none.
     pub fn name(&self) -> &str {
         self.value["metadata"]["name"].as_str().unwrap_or_default()
     }
 
-    /// The object as a type of Kubernetes.
+    /// Returns the object as a type of Kubernetes.
     ///
     /// # Errors
     /// Config: a field of another type, or one that the type does not have.
@@ -89,7 +89,8 @@ impl Document {
         }
     }
 
-    /// The place and the path of the value that causes an error: without it there is none, or another one.
+    /// Returns the place and the path of the value that causes an error: without this value there is no error, or
+    /// another one.
     fn wrong<T: DeserializeOwned>(&self, error: &str) -> Option<(String, String)> {
         let causes = |path: &[String]| {
             let (name, above) = path.split_last()?;
@@ -116,7 +117,7 @@ impl Document {
         Some((format!("{}:{}:{}", self.file, self.lines_above + at.line, at.column), path.join(".")))
     }
 
-    /// Fields that were written and are not in what was understood; empty ones say nothing and may be.
+    /// Collects fields that were written and that the parsed object does not have. Empty fields are ignored.
     fn lost(&self, node: &Node, understood: &Value, path: &mut Vec<String>, unknown: &mut Vec<String>) {
         match (&node.content, understood) {
             (Content::Map(entries), Value::Object(fields)) => {
@@ -152,7 +153,7 @@ impl Document {
     }
 }
 
-/// Objects as one YAML stream.
+/// Returns objects as one YAML stream.
 pub fn write(objects: &[Value]) -> String {
     let mut options = serde_saphyr::SerializerOptions::default();
     options.compact_list_indent = true;
@@ -162,7 +163,7 @@ pub fn write(objects: &[Value]) -> String {
     documents.collect::<Vec<_>>().join("---\n")
 }
 
-/// Documents with the number of lines above each. A separator inside a block of text would be indented.
+/// Returns the documents with the number of lines above each. A separator inside a block of text would be indented.
 fn parts(text: &str) -> Vec<(usize, &str)> {
     let mut parts = Vec::new();
     let (mut start, mut lines_above, mut at) = (0, 0, 0);
@@ -178,7 +179,7 @@ fn parts(text: &str) -> Vec<(usize, &str)> {
     parts
 }
 
-/// The names of a map's entries or the numbers of a list's items, with their places.
+/// Returns the names of a map's entries or the numbers of a list's items, with their places.
 fn below(node: &Node) -> Vec<(String, yaml::Place, &Node)> {
     match &node.content {
         Content::Map(entries) => entries.iter().map(|e| (e.key.clone(), e.key_place, &e.node)).collect(),
@@ -189,7 +190,7 @@ fn below(node: &Node) -> Vec<(String, yaml::Place, &Node)> {
     }
 }
 
-/// A path as a JSON pointer.
+/// Returns a path as a JSON pointer.
 fn pointer(path: &[String]) -> String {
     path.iter().map(|name| format!("/{}", name.replace('~', "~0").replace('/', "~1"))).collect()
 }

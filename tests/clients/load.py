@@ -15,7 +15,7 @@ clients = int(sys.argv[4]) if len(sys.argv) > 4 else 100
 rounds = int(sys.argv[5]) if len(sys.argv) > 5 else 4
 host, port = address.split(":")
 MIXES = [{"model": "tiny"}, {"model": "tuned"}, {"model": "half"}, {"adapters": [{"name": "tuned", "strength": 0.3}]}]
-# Of the plan: what the process may take beyond it, and what it may grow by from the first round to the last.
+# Shares of the plan: memory that the process may take beyond it, and growth from the first round to the last.
 SHARE = 0.03
 
 

@@ -14,7 +14,8 @@ import time
 
 hone, golden, work = sys.argv[1:4]
 clients = int(sys.argv[4]) if len(sys.argv) > 4 else 24
-# Answers that each client wants, and the tokens of one: an answer takes a few times as long as a restart's smallest step.
+# Answers that each client wants, and the tokens of one: an answer takes a few times as long as a restart's smallest
+# step.
 WANTED, TOKENS = 8, 40
 # How the servers end, one after the other: at once, by a signal with time to finish, at once.
 ENDS = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
@@ -131,7 +132,8 @@ async def main():
         await asyncio.sleep(0.05)
         lost = load.broken[before:]
         if how == signal.SIGTERM:
-            # Whoever had asked before the signal is answered; so is whoever waited in the kernel's queue until the server was gone.
+            # Clients that sent their request before the signal get an answer, and so do clients that waited in the
+            # kernel's queue until the server was gone.
             cut = [one for one in lost if one[0] < killed]
             assert (cut, server.returncode) == ([], 0), f"{cut} were cut by a signal to end, {server.returncode}"
         else:

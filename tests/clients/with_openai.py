@@ -50,7 +50,7 @@ assert len({part.id for part in parts}) == 1
 with client.chat.completions.stream(model="tiny", messages=ask, max_tokens=12, temperature=0) as stream:
     for _ in stream:
         pass
-    # `get_final_completion` raises where the length was reached; the snapshot is the same without that.
+    # `get_final_completion` raises if the length was reached; the snapshot is the same without that.
     snapshot = stream.current_completion_snapshot.choices[0]
     assert (snapshot.message.content, snapshot.finish_reason) == (whole.choices[0].message.content, whole.choices[0].finish_reason)
 

@@ -1,4 +1,4 @@
-//! Workspaces that train on several nodes: what they become, and what is told of their pods.
+//! Workspaces that train on several nodes: their Jobs, and the reports about their pods.
 
 use std::collections::BTreeSet;
 
@@ -16,7 +16,7 @@ fn set_of(name: &str, count: u32) -> Value {
     wanted
 }
 
-/// A pod of the set. `attempt` numbers the pods of one index, and sets the second in which the pod was created.
+/// Creates a pod of the set. `attempt` numbers the pods of one index, and sets the second in which the pod was created.
 fn pod(server: &ApiServer, name: &str, index: u32, attempt: u32, status: Value) {
     let job = job(server, name);
     let mut labels = job["spec"]["template"]["metadata"]["labels"].clone();

@@ -21,14 +21,14 @@ use hone::source::digest;
 use serde_json::{Value, json};
 
 const SEEDS: u64 = 300;
-/// LIMIT: a process of a job takes well below a second, and what it waits for passes on its clock alone; but it may get
-/// little of a busy machine.
+/// LIMIT: a process of a job takes well below a second, and its waits pass on its own clock alone. But a busy machine
+/// may give it little time.
 const PROCESS_MAX: Duration = Duration::from_secs(600);
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const REPOSITORY: &str = "org/tiny";
 /// In the URL of the data, the hub's token and the registry's password; it must appear nowhere.
 const CANARY: &str = "CANARYcanary0123456789";
-/// The codes of what passes by itself.
+/// The codes of faults that pass by themselves.
 const PASSING: [i32; 7] = [0, 20, 21, 22, 23, 30, 31];
 
 /// The sources of a job's parts, and the place that its image goes to.
@@ -42,12 +42,12 @@ struct Route {
     registry: bool,
 }
 
-/// One process of a job, and what happens to it.
+/// One process of a job, and the faults that it meets.
 #[derive(Clone, Debug)]
 struct Trouble {
     /// The shim's `FAULT` and the call that it happens at.
     disk: Option<(&'static str, u64)>,
-    /// Of how many requests one is disturbed; 0: none.
+    /// One of this number of requests is disturbed; 0: none.
     network: u64,
     /// Seconds by which the time of day is off at the beginning, and later.
     clock: (i64, i64),
@@ -145,7 +145,7 @@ fn answer(
     }
 }
 
-/// The hub's answers and the data's.
+/// Returns the hub's answers and the data's.
 fn good_answer(request: &Request, path: &str, files: &BTreeMap<String, Vec<u8>>) -> Reply {
     let path = path.split('?').next().unwrap_or_default();
     if path == "rows.jsonl" {
@@ -160,7 +160,7 @@ fn good_answer(request: &Request, path: &str, files: &BTreeMap<String, Vec<u8>>)
     }
 }
 
-/// The changes that a server, a proxy or the network between may make to an answer.
+/// Returns the changes that a server, a proxy or the network between may make to an answer.
 fn bad_answer(random: &mut Random, request: &Request, good: Reply) -> Reply {
     let part = random.below(400);
     match random.below(28) {
@@ -182,7 +182,7 @@ fn bad_answer(random: &mut Random, request: &Request, good: Reply) -> Reply {
     }
 }
 
-/// The golden Llama.
+/// Returns the golden Llama.
 fn model() -> BTreeMap<String, Vec<u8>> {
     let entries = std::fs::read_dir(golden_path("llama3/model")).unwrap().map(|entry| entry.unwrap());
     entries
@@ -215,7 +215,7 @@ impl World {
         World { work, route, seed, registry }
     }
 
-    /// `hone run` in this world.
+    /// Returns `hone run` in this world.
     fn command(&self, steps: &str) -> Command {
         let url = |path: &str| host().server.url(&format!("/{}{path}", self.seed));
         let data =
@@ -244,7 +244,7 @@ impl World {
         command
     }
 
-    /// Returns whether servers misbehave from now on.
+    /// Sets how often servers misbehave from now on.
     fn disturb(&self, one_of: u64) {
         host().disturbed.lock().unwrap().entry(self.seed).or_default().0 = one_of;
         if let Some(registry) = &self.registry {
@@ -282,7 +282,7 @@ impl World {
         Ok((status.code(), std::fs::read_to_string(log).unwrap()))
     }
 
-    /// The adapter and the image's digest; `None`: they are not whole.
+    /// Returns the adapter and the image's digest; `None`: they are not whole.
     fn results(&self) -> Option<(Vec<u8>, String)> {
         let adapter = std::fs::read(self.work.path("out/adapter_model.safetensors")).ok()?;
         let image = match &self.registry {
@@ -292,7 +292,7 @@ impl World {
         Some((adapter, image))
     }
 
-    /// The digest of a layout's image, if its blobs are what their names say.
+    /// Returns the digest of a layout's image, if its blobs are what their names say.
     fn layout(&self) -> Option<String> {
         let index = std::fs::read(self.work.path("image/index.json")).ok()?;
         let index: Value = serde_json::from_slice(&index).expect("an index is whole or absent");
@@ -309,7 +309,7 @@ impl World {
         Some(found)
     }
 
-    /// Temporary names below the folder, and files that hold the canary.
+    /// Returns temporary names below the folder, and files that hold the canary.
     fn left(&self) -> (Vec<PathBuf>, Vec<PathBuf>) {
         let (mut litter, mut shown) = (Vec::new(), Vec::new());
         let mut folders = vec![self.work.path("")];
@@ -336,7 +336,7 @@ impl World {
     }
 }
 
-/// The result of an undisturbed run of each route, made when it is first asked for.
+/// Returns the result of an undisturbed run of each route, made when it is first asked for.
 fn expected(route: Route) -> Arc<Expected> {
     static KNOWN: Mutex<Option<HashMap<Route, Arc<Expected>>>> = Mutex::new(None);
     let mut known = KNOWN.lock().unwrap();
@@ -403,7 +403,7 @@ fn judge_end(
     }
 }
 
-/// One job through its faults. `Err`: a promise was broken.
+/// Runs one job through its faults. `Err`: a promise was broken.
 fn simulate(seed: u64, scenario: &Scenario) -> Result<(), String> {
     let world = World::new(seed, scenario.route);
     let expected = expected(scenario.route);
@@ -502,7 +502,7 @@ fn a_seed_draws_the_same_again() {
     assert_eq!(routes.len(), 8);
 }
 
-/// Kibibytes that a process has in memory now.
+/// Returns the kibibytes that a process has in memory now.
 fn resident(process: u32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;

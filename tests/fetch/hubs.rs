@@ -1,4 +1,4 @@
-//! The hub's datasets and adapters, and pushes to it, without a run: what each answer of a hub leads to.
+//! The hub's datasets and adapters, and pushes to it, without a run: the result of each answer of a hub.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -36,7 +36,7 @@ fn inside(test: &str, start: impl FnOnce(&mut Command)) -> bool {
     false
 }
 
-/// A repository's listing; each file holds its own name.
+/// Returns a repository's listing; each file holds its own name.
 fn listing(commit: &str, names: &[&str]) -> Reply {
     let sibling = |name: &&str| json!({"rfilename": name, "size": name.len(), "lfs": {"sha256": digest(name.as_bytes()), "size": name.len()}});
     Reply::ok(json!({"sha": commit, "siblings": names.iter().map(sibling).collect::<Vec<_>>()}).to_string())
@@ -70,7 +70,7 @@ fn datasets(request: &Request) -> Reply {
     }
 }
 
-/// The contents of the files that an address of data leads to, which are their names.
+/// Returns the contents of the files that an address of data leads to, which are their names.
 fn taken(address: &str) -> Result<String, Fault> {
     let cache = tempfile::tempdir().unwrap();
     let (options, registry) = (sources(cache.path()), quick());
@@ -258,7 +258,7 @@ impl Desk {
         self.work.read(&format!("adapter/{WEIGHTS}"))
     }
 
-    /// The requests for a path that ends like this.
+    /// Returns the requests for a path that ends like this.
     fn asked(&self, end: &str) -> Vec<Request> {
         let requests = self.hub.requests().into_iter();
         requests.filter(|request| request.target.ends_with(end)).collect()
@@ -330,7 +330,7 @@ fn a_repository_or_a_branch_that_is_there_meanwhile_is_used() {
     assert!(ended.stderr.contains("there is no token to push with"), "{}", ended.stderr);
 }
 
-/// A hub whose store of large files answers so for the weights; `answer` has the store's address.
+/// Returns a hub whose store of large files answers so for the weights; `answer` has the store's address.
 fn batch(answer: impl Fn(&str) -> Value + Send + Sync + 'static) -> Desk {
     Desk::new(move |request, store| {
         let asked = request.target.ends_with("/objects/batch").then(|| request.json())?;

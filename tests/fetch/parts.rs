@@ -20,7 +20,7 @@ use crate::random::Random;
 use crate::registry::{PASSWORD, adapter, login, quick};
 use crate::{WEIGHTS, archive, model, titled};
 
-/// Options of downloads that are fast enough for tests.
+/// Returns options of downloads that are fast enough for tests.
 pub fn sources(cache: &Path) -> source::Options {
     source::Options {
         cache: cache.to_owned(),
@@ -89,7 +89,7 @@ impl Desk {
         download(&self.fake.host, &self.part, &self.file(), attempts_max)
     }
 
-    /// The first byte of each request for the layer.
+    /// Returns the first byte of each request for the layer.
     fn starts(&self) -> Vec<usize> {
         let of_layer = |line: &String| {
             let path = line.contains("/blobs/").then_some(line)?;
@@ -103,7 +103,7 @@ impl Desk {
 fn a_layer_that_breaks_off_goes_on_where_it_stopped() {
     let content = noise(70_000);
     let desk = Desk::new(Manners { cut_blobs: Some((2, 20_000)), ..Manners::default() }, &content);
-    // Attempts that bring bytes do not count.
+    // Attempts that receive bytes do not count.
     desk.download(1).unwrap();
     assert!(desk.held() == content);
     assert_eq!(desk.starts(), [0, 20_000, 40_000]);
@@ -238,7 +238,7 @@ fn a_manifest_that_is_too_large_or_not_what_it_is_said_to_be_is_refused() {
 #[test]
 fn a_password_goes_to_no_other_host_in_clear_text() {
     let tokens = Server::start(|_, _| Reply::ok(r#"{"token": "t"}"#));
-    // Another host for whoever compares names.
+    // Another host for a client that compares names.
     let realm = tokens.url("/token").replace("localhost", "127.0.0.1");
     let server = Server::start(move |_, request| match request.header("authorization") {
         Some("Bearer t") => Reply::ok(r#"{"schemaVersion": 2, "layers": []}"#),
@@ -349,7 +349,7 @@ fn only_wanted_files_are_unpacked_and_later_layers_count() {
     assert!(fault.kind == Kind::Data && fault.message.contains("its files exceed 2 bytes"), "{fault}");
 }
 
-/// The two steps of a model's download, into a cache of its own.
+/// Returns the two steps of a model's download, into a cache of its own.
 fn fetched(address: &str, check_texts: impl FnOnce(&Path)) -> Result<(tempfile::TempDir, PathBuf), Fault> {
     let cache = tempfile::tempdir().unwrap();
     let (options, registry) = (sources(cache.path()), quick());
@@ -367,7 +367,7 @@ fn names_in(folder: &Path) -> Vec<String> {
     names
 }
 
-/// The folder has the golden model's files, and nothing but hone's own record and lock beside them.
+/// Checks that the folder has the golden model's files, and only hone's record and lock beside them.
 fn assert_is_model(folder: &Path) {
     let files = model();
     let own = names_in(folder).into_iter().filter(|name| !name.starts_with('.')).collect::<Vec<_>>();

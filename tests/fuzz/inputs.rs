@@ -1,5 +1,5 @@
-//! What a job is given besides its rows, mutated by a seeded generator: configurations, models, templates, tokenizers,
-//! images, registries, checkpoints, adapters, and requests to a server. Whatever comes, the answer is a result or a
+//! The inputs of a job besides its rows, mutated by a seeded generator: configurations, models, templates, tokenizers,
+//! images, registries, checkpoints, adapters, and requests to a server. For every input, the answer is a result or a
 //! fault of the right kind, in bounded time and memory, without a panic.
 //!
 //! It is a part of `tests/fuzz.rs`, with the same settings.
@@ -41,8 +41,8 @@ fn golden(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(path)
 }
 
-/// The result of a case; `None`: it was refused. Panics, slow cases, endless messages and faults of another kind are
-/// failures.
+/// Returns the result of a case; `None`: it was refused. Panics, slow cases, endless messages and faults of another
+/// kind are failures.
 fn judge<T>(seed: u64, content: &[u8], kinds: &[Kind], case: impl FnOnce() -> Result<T>) -> Option<T> {
     let began = Instant::now();
     let ended = catch_unwind(AssertUnwindSafe(case));
@@ -59,7 +59,7 @@ fn judge<T>(seed: u64, content: &[u8], kinds: &[Kind], case: impl FnOnce() -> Re
     }
 }
 
-/// A value with one to four changes.
+/// Returns a value with one to four changes.
 fn twisted(random: &mut Random, names: &[&str], value: &Value) -> Value {
     let mut value = value.clone();
     for _ in 0..1 + random.below(4) {
@@ -68,7 +68,7 @@ fn twisted(random: &mut Random, names: &[&str], value: &Value) -> Value {
     value
 }
 
-/// A JSON file, changed by its meaning or by its bytes.
+/// Returns a JSON file, changed by its meaning or by its bytes.
 fn changed_json(random: &mut Random, names: &[&str], value: &Value) -> Vec<u8> {
     match random.below(4) {
         0 => mutated(random, value.to_string().as_bytes(), &[("a".into(), b"[[[[{\"a\":".to_vec())]),
@@ -168,7 +168,7 @@ fn no_value_of_a_key_breaks_its_reader() {
 
 // ---- models ----
 
-/// Names of keys of all config.json files, and their values.
+/// Returns names of keys of all config.json files, and their values.
 fn configs() -> Vec<Value> {
     let mut configs = Vec::new();
     for entry in std::fs::read_dir(golden("")).unwrap().flatten() {
@@ -208,7 +208,7 @@ fn random_of<T>(list: &[T], seed: u64) -> &T {
     &list[(seed % list.len() as u64) as usize]
 }
 
-/// A folder with the files of a golden model, of which one was changed.
+/// Returns a folder with the files of a golden model, of which one was changed.
 fn model_with(name: &str, file: &str, content: &[u8]) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for entry in std::fs::read_dir(golden(name).join("model")).unwrap().flatten() {
@@ -360,7 +360,7 @@ fn no_template_breaks_its_reader() {
 
 // ---- images and registries ----
 
-/// A layout with the image of a small adapter.
+/// Returns a layout with the image of a small adapter.
 fn layout(folder: &Path) -> PathBuf {
     let (adapter, image) = (folder.join("adapter"), folder.join("image"));
     std::fs::create_dir(&adapter).unwrap();
@@ -386,7 +386,7 @@ fn options() -> registry::Options {
     }
 }
 
-/// An archive with strange members, packed or not.
+/// Returns an archive with strange members, packed or not.
 fn archive(random: &mut Random, whole: &[u8]) -> Vec<u8> {
     let mut tar = Vec::new();
     // A layer that is no gzip any more is mutated as it is.
@@ -715,7 +715,7 @@ fn serving() -> Server {
     server
 }
 
-/// The first line of the answer; empty if there is none so soon.
+/// Returns the first line of the answer; empty if there is none so soon.
 fn asked(server: &Server, request: &[u8], patience: Duration) -> String {
     let mut stream = TcpStream::connect(server.address()).unwrap();
     stream.set_read_timeout(Some(patience)).unwrap();

@@ -146,7 +146,8 @@ def as_pod(objects, kind, work, registry, certificate, password=PASSWORD):
         container["securityContext"][field] = spec["securityContext"][field]
     for field in ("imagePullSecrets", "tolerations", "affinity"):
         spec.pop(field, None)
-    # The test looks at probes itself; registry and data are on the host, so the pod has its network and needs no mapping of ports.
+    # The test looks at probes itself; registry and data are on the host, so the pod has its network and needs no
+    # mapping of ports.
     for field in ("ports", "startupProbe", "livenessProbe", "readinessProbe"):
         container.pop(field, None)
     container["imagePullPolicy"] = "Never"

@@ -18,7 +18,8 @@ NAMES = ["llama3", "llama32_tied", "llama_dynamic", "llama_yarn", "phi2", "phi3"
 MIXES = [{}, {"a": 1.0}, {"a": 0.3, "b": 1.0}, {"a": 0.0, "b": -0.7}]
 NEW = 200
 LENGTHS = [3, 20, 61]
-# Of prompts of this length the log-probabilities of the tokens are kept too, and where the two best are this close.
+# For prompts of this length, the log-probabilities of the tokens are recorded too, and the places at which the two best
+# are this close.
 SCORED = 20
 CLOSE = 0.05
 
@@ -55,7 +56,8 @@ def record(folder):
         for row, length in zip(rows, LENGTHS):
             prompt = row[:length]
             with torch.no_grad():
-                # transformers keeps the longest length that a dynamic rope has met; one short pass takes it back to none.
+                # transformers keeps the longest length that a dynamic rope has met; one short pass takes it back to
+                # none.
                 model(torch.tensor([prompt[:1]]))
                 out = model.generate(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
                                      generation_config=config, max_new_tokens=NEW, return_dict_in_generate=True, output_logits=True)

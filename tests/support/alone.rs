@@ -21,7 +21,7 @@ pub fn is_alone(test: &str) -> bool {
     false
 }
 
-/// A new namespace has loopback, but down.
+/// Starts the loopback interface, which is down in a new namespace.
 fn raise_loopback() {
     // SAFETY: the socket is closed here, and the structure is a whole one of zeros, whose name and flags are then set.
     let done = unsafe {

@@ -1,12 +1,11 @@
-//! What the API server refuses, fills in and remembers: validation by kind, fields that cannot change, owners of
-//! fields.
+//! The API server's refusals, defaults and records: validation by kind, fields that cannot change, owners of fields.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use hyper::Method;
 use serde_json::{Value, json};
 
-/// Now, as Kubernetes writes times.
+/// Returns the present time as Kubernetes writes it.
 pub fn now() -> String {
     let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
     jiff::Timestamp::from_second(seconds as i64).unwrap().to_string()
@@ -52,7 +51,7 @@ pub fn is_allowed(namespace: &str, group: &str, resource: &str, name: &str, verb
     })
 }
 
-/// The defaults of the stored version.
+/// Fills in the defaults of the stored version.
 pub fn defaults(plural: &str, object: &mut Value) {
     let mut fill = |path: &[&str], value: Value| {
         let (last, parents) = path.split_last().unwrap();
@@ -84,7 +83,7 @@ pub fn defaults(plural: &str, object: &mut Value) {
     }
 }
 
-/// Returns whether a request is one at all.
+/// Checks that a request is well formed.
 pub fn form(
     method: &Method,
     kind: &str,
@@ -158,7 +157,7 @@ fn job(old: Option<&Value>, new: &Value) -> Result<(), String> {
     if waits { Ok(()) } else { same(old, new, &[&["spec", "template"]], "field is immutable") }
 }
 
-/// The fields that only an Indexed Job may have, and the rules for its pods' names.
+/// Checks the fields that only an Indexed Job may have, and the rules for its pods' names.
 fn indexed(new: &Value) -> Result<(), String> {
     let spec = &new["spec"];
     if spec["completionMode"] != "Indexed" {
@@ -210,7 +209,7 @@ fn stateful_set(old: Option<&Value>, new: &Value) -> Result<(), String> {
     )
 }
 
-/// Names of Services are DNS-1035 labels: a letter first, and no dots.
+/// Checks the name of a Service, a DNS-1035 label: a letter first, and no dots.
 fn service(old: Option<&Value>, new: &Value) -> Result<(), String> {
     let name = new["metadata"]["name"].as_str().unwrap_or_default();
     let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
@@ -355,7 +354,7 @@ pub struct Owners {
 }
 
 impl Owners {
-    /// A field with another value that somebody else owns.
+    /// Returns a field with another value that somebody else owns.
     pub fn conflict(&self, manager: &str, object: &Value, body: &Value) -> Option<String> {
         let others = self.applied.iter().filter(|(name, _)| *name != manager).chain(&self.written);
         let owned: BTreeSet<&Vec<String>> = others.flat_map(|(_, paths)| paths).collect();
@@ -392,7 +391,7 @@ fn at_all<'a>(object: &'a Value, path: &[String]) -> &'a Value {
     path.iter().fold(object, |at, name| &at[name])
 }
 
-/// Lists are one leaf. What the server itself keeps is nobody's.
+/// Returns the paths of all leaves. A list is one leaf. Fields of the server itself have no owner.
 fn leaves(object: &Value) -> BTreeSet<Vec<String>> {
     fn walk(value: &Value, path: &mut Vec<String>, found: &mut BTreeSet<Vec<String>>) {
         match value {

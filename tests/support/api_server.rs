@@ -48,11 +48,11 @@ const KINDS: [(&str, &str, &str); 18] = [
 const WATCH_MAX: Duration = Duration::from_secs(20);
 /// The token of a user with every right; requests without it are the controller's.
 const ADMIN: &str = "admin";
-/// LIMIT: objects of one page, where a client asks for pages.
+/// LIMIT: objects of one page, if a client asks for pages.
 const PAGE_MAX: usize = 250;
-/// How long the garbage collector takes to see what is to go.
+/// The delay of the garbage collector.
 const GARBAGE_DELAY: Duration = Duration::from_millis(150);
-/// How often the cluster's own controllers look.
+/// The interval of the cluster's own controllers.
 const CONTROLLERS_INTERVAL: Duration = Duration::from_millis(20);
 
 type Key = (String, String, String);
@@ -64,14 +64,14 @@ struct State {
     objects: BTreeMap<Key, Value>,
     /// Version, plural, namespace, kind of change, object, its labels before.
     history: Vec<(u64, String, String, &'static str, Value, Value)>,
-    /// Watches from before this version are told that it is gone.
+    /// The oldest known version. Watches from before it get the answer that it is gone.
     oldest: u64,
     absent: HashSet<String>,
     /// Requests of a verb and a resource that answer this code, and how many of them still do.
     failures: HashMap<(String, String), (u16, u32, Option<String>)>,
     logs: HashMap<(String, String), String>,
     requests: Vec<String>,
-    /// Since when an object is to go, or a Job is over.
+    /// The time since which an object is to be deleted, or a Job is over.
     since: HashMap<(Key, &'static str), Instant>,
     /// The fields that somebody applied or wrote.
     owners: HashMap<Key, rules::Owners>,
@@ -140,26 +140,26 @@ impl ApiServer {
         kube::Config::new(format!("http://{}", self.address).parse().unwrap())
     }
 
-    /// For a user who may do everything.
+    /// Returns the configuration of a user who may do everything.
     pub fn config_of_admin(&self) -> kube::Config {
         let mut config = self.config();
         config.auth_info.token = Some(ADMIN.to_owned().into());
         config
     }
 
-    /// As if a CRD were not installed.
+    /// Returns a server on which a CRD is not installed.
     pub fn without(self, plural: &str) -> ApiServer {
         self.state.lock().unwrap().absent.insert(plural.into());
         self
     }
 
-    /// The next requests of a verb (`GET`, `LIST`, `WATCH`, `POST`, `PATCH`, `PUT`, `DELETE`) for a resource answer
-    /// this code.
+    /// Answers the next requests of a verb (`GET`, `LIST`, `WATCH`, `POST`, `PATCH`, `PUT`, `DELETE`) for a resource
+    /// with this code.
     pub fn fail_next(&self, verb: &str, plural: &str, code: u16, times: u32) {
         self.state.lock().unwrap().failures.insert((verb.into(), plural.into()), (code, times, None));
     }
 
-    /// Requests of a verb for a resource are refused in these words, as admission does; `None`: no longer.
+    /// Refuses requests of a verb for a resource with this message, as admission does; `None`: no longer.
     pub fn refuse(&self, verb: &str, plural: &str, why: Option<&str>) {
         let times = if why.is_some() { u32::MAX } else { 0 };
         let failure = (403, times, why.map(str::to_owned));
@@ -176,7 +176,7 @@ impl ApiServer {
         self.put(plural, object);
     }
 
-    /// The account of the controller has the right to that, or no longer.
+    /// Gives the controller's account this right, or takes it away.
     pub fn deny(&self, verb: &str, plural: &str, denied: bool) {
         self.fail_next(verb, plural, 403, if denied { u32::MAX } else { 0 });
         if denied {
@@ -184,13 +184,13 @@ impl ApiServer {
         }
     }
 
-    /// Requests are taken and not answered, as those of a server that is stopped.
+    /// Takes requests and does not answer them, as a stopped server.
     pub fn hang(&self, hangs: bool) {
         self.state.lock().unwrap().hangs = hangs;
         self.changed.notify_waiters();
     }
 
-    /// Every connection ends, and nobody can connect; afterwards no watch can go on from before.
+    /// Ends every connection and accepts no other. Afterwards no watch can continue from before.
     pub fn go_down(&self) {
         self.state.lock().unwrap().down = true;
         self.changed.notify_waiters();
@@ -201,7 +201,7 @@ impl ApiServer {
         self.state.lock().unwrap().down = false;
     }
 
-    /// The CRD of a resource comes or goes.
+    /// Installs or removes the CRD of a resource.
     pub fn install(&self, plural: &str, installed: bool) {
         let mut state = self.state.lock().unwrap();
         match installed {
@@ -216,7 +216,7 @@ impl ApiServer {
         self.expire_watches();
     }
 
-    /// An object that is deleted in the foreground stays until the collector goes on.
+    /// Stops the collector, or starts it again. Meanwhile an object that is deleted in the foreground stays.
     pub fn stop_collector(&self, stopped: bool) {
         self.state.lock().unwrap().collector_stopped = stopped;
     }
@@ -236,7 +236,7 @@ impl ApiServer {
         self.put(plural, object);
     }
 
-    /// Writes a Workspace through v1alpha1: what that version has a default for is filled in.
+    /// Writes a Workspace through v1alpha1: the defaults of that version are filled in.
     pub fn write_through_v1alpha1(&self, namespace: &str, name: &str, patch: &Value) {
         let mut object = self.get("workspaces", namespace, name).expect("a Workspace");
         merge(&mut object, patch);
@@ -246,7 +246,7 @@ impl ApiServer {
         self.put("workspaces", object);
     }
 
-    /// Ends every watch with 410, and refuses to go on from what clients know.
+    /// Ends every watch with 410, and refuses to continue from versions that clients know.
     pub fn expire_watches(&self) {
         let mut state = self.state.lock().unwrap();
         state.version += 1;
@@ -295,14 +295,14 @@ impl ApiServer {
         self.put(plural, object);
     }
 
-    /// Waits until `holds`; tells the last state of affairs when it does not.
+    /// Waits until `holds`; fails with the last state if it does not.
     pub fn wait<T>(&self, what: &str, holds: impl Fn(&ApiServer) -> Option<T>) -> T {
         /// LIMIT: everything here takes milliseconds, but a retry seconds.
         const PATIENCE: Duration = Duration::from_secs(90);
         self.wait_for(PATIENCE, what, holds)
     }
 
-    /// For a crowd, on a machine that does other things too.
+    /// Waits longer than `wait`, for a crowd on a machine that does other things too.
     pub fn wait_longer<T>(&self, what: &str, holds: impl Fn(&ApiServer) -> Option<T>) -> T {
         self.wait_for(Duration::from_secs(300), what, holds)
     }
@@ -336,7 +336,7 @@ impl Drop for ApiServer {
 }
 
 impl State {
-    /// The object under its next version. `whole`: with what a status subresource keeps apart.
+    /// Returns the object under its next version. `whole`: with the fields that a status subresource separates.
     fn store(&mut self, key: Key, mut object: Value, whole: bool) -> Value {
         let old = self.objects.get(&key).cloned();
         if let (Some(old), false) = (&old, whole) {
@@ -377,7 +377,7 @@ impl State {
         object
     }
 
-    /// Takes an object away, and what it owned.
+    /// Removes an object, and the objects that it owned.
     fn remove(&mut self, key: &Key) {
         let Some(mut object) = self.objects.remove(key) else { return };
         self.version += 1;
@@ -391,7 +391,7 @@ impl State {
         }
     }
 
-    /// The objects that this one owns.
+    /// Returns the objects that this one owns.
     fn dependents(&self, object: &Value) -> Vec<Key> {
         let uid = &object["metadata"]["uid"];
         let owned = |other: &Value| {
@@ -402,7 +402,7 @@ impl State {
         self.objects.iter().filter(|(_, other)| owned(other)).map(|(key, _)| key.clone()).collect()
     }
 
-    /// As the API server deletes: at once, or with finalizers and a time of deletion. Jobs without a policy leave
+    /// Deletes as the API server does: at once, or with finalizers and a time of deletion. Jobs without a policy leave
     /// their pods.
     fn delete(&mut self, key: &Key, policy: Option<&str>) -> Option<Value> {
         let mut object = self.objects.get(key)?.clone();
@@ -428,7 +428,8 @@ impl State {
         Some(self.store(key.clone(), object, true))
     }
 
-    /// One round of the garbage collector and of the controller of Jobs' time to live; whether anything changed.
+    /// Does one round of the garbage collector and of the controller of Jobs' time to live. Returns whether anything
+    /// changed.
     fn control(&mut self) -> bool {
         let before = self.version;
         let due = |since: &Instant| since.elapsed() >= GARBAGE_DELAY;
@@ -490,7 +491,7 @@ async fn until(state: &Mutex<State>, changed: &Notify, holds: impl Fn(&State) ->
     }
 }
 
-/// The part of an object whose change counts for `generation`.
+/// Returns the part of an object whose change counts for `generation`.
 fn inner(object: &Value) -> Value {
     let mut object = object.clone();
     object.as_object_mut().unwrap().remove("metadata");
@@ -498,7 +499,7 @@ fn inner(object: &Value) -> Value {
     object
 }
 
-/// But for the version itself.
+/// Returns whether two objects are equal except for version and generation.
 fn same(one: &Value, two: &Value) -> bool {
     let strip = |object: &Value| {
         let mut object = object.clone();
@@ -511,7 +512,7 @@ fn same(one: &Value, two: &Value) -> bool {
     strip(one) == strip(two)
 }
 
-/// RFC 7386.
+/// Applies a merge patch (RFC 7386).
 fn merge(target: &mut Value, patch: &Value) {
     let Value::Object(fields) = patch else {
         *target = patch.clone();
@@ -761,7 +762,7 @@ fn list(state: &State, asked: &Asked) -> Response<Body> {
 }
 
 impl Asked {
-    /// Returns whether the controller's own roles allow the request; an apply that creates needs both rights.
+    /// Checks that the controller's own roles allow the request; an apply that creates needs both rights.
     fn is_allowed(&self, path: &str, verb: &str, applies: bool, state: &State) -> Result<(), String> {
         let group = match path.split('/').collect::<Vec<_>>().as_slice() {
             ["", "apis", group, ..] => *group,
@@ -791,7 +792,7 @@ impl Asked {
         Ok(())
     }
 
-    /// By namespace and labels: `a=b,c`.
+    /// Returns whether an object matches a namespace and labels: `a=b,c`.
     fn selects(&self, namespace: &str, object: &Value) -> bool {
         let labels = &object["metadata"]["labels"];
         let wanted = self.query.get("labelSelector").map_or("", String::as_str);
@@ -817,7 +818,7 @@ impl Asked {
             && fields.split(',').filter(|part| !part.is_empty()).all(field)
     }
 
-    /// As this request sees it.
+    /// Returns an object in the version of this request.
     fn shown(&self, object: &Value) -> Value {
         if self.metadata_only {
             return json!({
@@ -875,7 +876,7 @@ fn stream(state: Arc<Mutex<State>>, changed: Arc<Notify>, asked: Asked) -> Respo
     Response::new(StreamBody::new(frames).boxed_unsync())
 }
 
-/// Lines of what happened since, the version they reach, and whether that is too long ago.
+/// Returns the lines of all events since a version, the version that they reach, and whether the first one is too old.
 fn events(state: &State, asked: &Asked, from: u64) -> (String, u64, bool) {
     if from < state.oldest {
         let gone = json!({"type": "ERROR", "object": status(410, "Expired", "too old resource version")});
@@ -893,7 +894,7 @@ fn events(state: &State, asked: &Asked, from: u64) -> (String, u64, bool) {
             continue;
         }
         let mut object = asked.shown(object);
-        // An object that a selector no longer selects is gone for its watch, which is told what it was.
+        // An object that a selector no longer selects is gone for its watch, which gets the last object.
         let change = match (selected, was, *change) {
             (true, false, "MODIFIED") => "ADDED",
             (false, true, "MODIFIED") => {

@@ -67,7 +67,7 @@ struct State {
     probes: u32,
     cuts: u32,
     requests: u64,
-    /// Of how many requests one fails at random; 0: none.
+    /// One of this number of requests fails at random; 0: none.
     disturbed: u64,
 }
 
@@ -116,7 +116,7 @@ impl Fake {
         self.manifest(tag, &mut state, manifest);
     }
 
-    /// Any manifest, under a tag and its digest.
+    /// Stores any manifest under a tag and its digest.
     pub fn put_manifest(&self, tag: &str, manifest: serde_json::Value) {
         self.manifest(tag, &mut self.state.lock().unwrap(), manifest.to_string());
     }
@@ -132,7 +132,7 @@ impl Fake {
         self.state.lock().unwrap().disturbed = one_of;
     }
 
-    /// The digest of the image of a tag, if there is one. All its parts must be there.
+    /// Returns the digest of the image of a tag, if there is one. All its parts must be there.
     pub fn image(&self, tag: &str) -> Option<String> {
         let state = self.state.lock().unwrap();
         let bytes = state.manifests.get(tag)?;

@@ -1,4 +1,4 @@
-//! A file server that misbehaves on demand: each connection is one request, and a closure says what it gets.
+//! A file server that misbehaves on demand: each connection is one request, and a closure makes the answer.
 //!
 //! Raw sockets, so that a reply can lie about its length, stop, reset or never end.
 
@@ -65,19 +65,19 @@ impl Request {
         length
     }
 
-    /// The body as JSON.
+    /// Returns the body as JSON.
     pub fn json(&self) -> serde_json::Value {
         serde_json::from_slice(&self.body).unwrap()
     }
 
-    /// First byte of `Range: bytes=N-`.
+    /// Returns the first byte of `Range: bytes=N-`.
     pub fn range_start(&self) -> Option<usize> {
         self.header("range")?.strip_prefix("bytes=")?.split('-').next()?.parse().ok()
     }
 }
 
 impl Reply {
-    /// A body with its honest length.
+    /// Returns a body with its honest length.
     pub fn ok(body: impl Into<Vec<u8>>) -> Reply {
         Reply::status(200).body(body)
     }
@@ -128,7 +128,7 @@ impl Reply {
         Reply { then: Then::Repeat, ..self }
     }
 
-    /// `content` as a good server sends it: whole, the requested range, or 304.
+    /// Returns `content` as a good server sends it: whole, the requested range, or 304.
     pub fn file(request: &Request, content: &[u8], etag: &str) -> Reply {
         if request.header("if-none-match") == Some(etag) {
             return Reply::status(304).without("Content-Length").header("ETag", etag);
@@ -159,17 +159,17 @@ impl Server {
         Server::run("http", None, script)
     }
 
-    /// The same over TLS, with the certificate for `localhost` that `authority()` signed.
+    /// Returns the same over TLS, with the certificate for `localhost` that `authority()` signed.
     pub fn start_tls(script: impl Fn(usize, &Request) -> Reply + Send + Sync + 'static) -> Server {
         Server::run("https", Some(tls_config(include_bytes!("tls/server.pem"))), script)
     }
 
-    /// With a certificate that is its own authority, as `openssl req -x509` makes them.
+    /// Does the same with a certificate that is its own authority, as `openssl req -x509` makes them.
     pub fn start_self_signed(script: impl Fn(usize, &Request) -> Reply + Send + Sync + 'static) -> Server {
         Server::run("https", Some(tls_config(include_bytes!("tls/self-signed.pem"))), script)
     }
 
-    /// Likewise, with a certificate that expired in 2021.
+    /// Does the same with a certificate that expired in 2021.
     pub fn start_expired(script: impl Fn(usize, &Request) -> Reply + Send + Sync + 'static) -> Server {
         Server::run("https", Some(tls_config(include_bytes!("tls/self-signed-expired.pem"))), script)
     }
@@ -185,12 +185,12 @@ impl Server {
         })
     }
 
-    /// `http://localhost:port` and the path.
+    /// Returns `http://localhost:port` and the path.
     pub fn url(&self, path: &str) -> String {
         format!("{}://localhost:{}{path}", self.scheme, self.address.port())
     }
 
-    /// Every request so far, in order.
+    /// Returns every request so far, in order.
     pub fn requests(&self) -> Vec<Request> {
         self.requests.lock().unwrap().clone()
     }
@@ -222,17 +222,17 @@ impl Server {
     }
 }
 
-/// The certificate authority of `start_tls`, a PEM file.
+/// Returns the certificate authority of `start_tls`, a PEM file.
 pub fn authority() -> PathBuf {
     certificate("authority")
 }
 
-/// A PEM file of `tests/support/tls`.
+/// Returns a PEM file of `tests/support/tls`.
 pub fn certificate(name: &str) -> PathBuf {
     PathBuf::from(format!("{}/tests/support/tls/{name}.pem", env!("CARGO_MANIFEST_DIR")))
 }
 
-/// An address that nobody listens on.
+/// Returns an address that nobody listens on.
 pub fn unused_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }

@@ -32,7 +32,7 @@ impl Work {
         Work { folder: tempfile::tempdir().unwrap() }
     }
 
-    /// With `model/` and `data.parquet`: the golden Llama, and conversations.
+    /// Returns a folder with `model/` (the golden Llama) and `data.parquet` (conversations).
     pub fn with_llama() -> Work {
         let work = Work::new();
         work.copy("llama3/model", "model");
@@ -62,7 +62,7 @@ impl Work {
         std::fs::write(path, content).unwrap();
     }
 
-    /// A file or a flat folder of `tests/golden`.
+    /// Copies a file or a flat folder of `tests/golden`.
     pub fn copy(&self, golden: &str, name: &str) {
         let from = golden_path(golden);
         if from.is_file() {
@@ -74,7 +74,7 @@ impl Work {
         }
     }
 
-    /// Files of a folder, in order; none if it does not exist.
+    /// Returns files of a folder, in order; none if it does not exist.
     pub fn list(&self, folder: &str) -> Vec<String> {
         let entries = std::fs::read_dir(self.path(folder)).into_iter().flatten();
         let mut names: Vec<String> =
@@ -83,7 +83,7 @@ impl Work {
         names
     }
 
-    /// `hone` with these arguments, in this folder.
+    /// Returns `hone` with these arguments, in this folder.
     pub fn hone(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_hone"));
         command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
@@ -106,7 +106,7 @@ impl Work {
         self.start_command(&mut self.hone(arguments), "log")
     }
 
-    /// The same for a command with more settings; `log` receives its output.
+    /// Returns the same for a command with more settings; `log` receives its output.
     pub fn start_command(&self, command: &mut Command, log: &str) -> Running {
         let file = std::fs::File::create(self.path(log)).unwrap();
         let child = command.stdout(Stdio::null()).stderr(file).spawn().unwrap();

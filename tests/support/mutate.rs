@@ -26,14 +26,14 @@ pub fn each_case(cases: u64, case: impl Fn(u64)) {
     assert!(tried > 0);
 }
 
-/// Keeps a case for whoever looks into it.
+/// Keeps a case for a closer look.
 pub fn keep(seed: u64, name: &str, content: &[u8]) -> PathBuf {
     let path = std::env::temp_dir().join(format!("hone-fuzz-{seed}-{}", name.replace('/', "-")));
     std::fs::write(&path, content).unwrap();
     path
 }
 
-/// One to a dozen changes of bytes, or of a whole part of the file.
+/// Returns one to a dozen changes of bytes, or of a whole part of the file.
 pub fn mutated(random: &mut Random, content: &[u8], others: &[(String, Vec<u8>)]) -> Vec<u8> {
     let mut bytes = content.to_vec();
     let most = if random.below(3) == 0 { 12 } else { 2 };
@@ -102,7 +102,7 @@ pub fn mutated(random: &mut Random, content: &[u8], others: &[(String, Vec<u8>)]
     bytes
 }
 
-/// Values that stand where another kind is expected.
+/// Returns values that stand where another kind is expected.
 pub fn strange(random: &mut Random) -> Value {
     let list = [
         json!(null),

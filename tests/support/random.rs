@@ -24,7 +24,7 @@ impl Random {
     }
 }
 
-/// A number of the environment, which sets how long such a test goes on.
+/// Returns a number of the environment, which sets how long such a test goes on.
 pub fn setting(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
     Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))

@@ -84,12 +84,12 @@ impl Registry {
         self.folder.path().join(name)
     }
 
-    /// Options that reach it, with the right password.
+    /// Returns options that reach it, with the right password.
     pub fn options(&self) -> Options {
         Options { docker_config: Some(self.login(PASSWORD)), ..self.anonymous() }
     }
 
-    /// Options without credentials, wherever the tests run.
+    /// Returns options without credentials, wherever the tests run.
     pub fn anonymous(&self) -> Options {
         let empty = self.path("no-login.json");
         std::fs::write(&empty, "{}").unwrap();
@@ -101,7 +101,7 @@ impl Registry {
         }
     }
 
-    /// A docker config.json with a password for this registry.
+    /// Returns a docker config.json with a password for this registry.
     pub fn login(&self, password: &str) -> PathBuf {
         login(self.folder.path(), &self.host, password)
     }
@@ -115,7 +115,7 @@ impl Drop for Registry {
     }
 }
 
-/// Few attempts and short waits.
+/// Returns few attempts and short waits.
 pub fn quick() -> Options {
     Options {
         docker_config: None,
@@ -142,7 +142,7 @@ pub fn run(command: &mut Command) -> String {
     stdout.into_owned()
 }
 
-/// The two files of an adapter, with `bytes` of weights that do not compress.
+/// Writes the two files of an adapter, with `bytes` of weights that do not compress.
 pub fn adapter(folder: &Path, bytes: usize) {
     std::fs::create_dir_all(folder).unwrap();
     let config = r#"{"peft_type": "LORA", "r": 8, "base_model_name_or_path": "org/base"}"#;
@@ -215,7 +215,7 @@ fn expired(folder: &Path) {
     }
 }
 
-/// A certificate authority (ca.crt), and a certificate for localhost signed by it (tls.crt, tls.key).
+/// Makes a certificate authority (ca.crt), and a certificate for localhost signed by it (tls.crt, tls.key).
 fn certificates(folder: &Path) {
     let openssl = |arguments: &str| openssl(folder, arguments);
     let key = NEW_KEY;
@@ -231,12 +231,12 @@ fn certificates(folder: &Path) {
     );
 }
 
-/// `user:password` in skopeo's form.
+/// Returns `user:password` in skopeo's form.
 pub fn login_pair() -> String {
     format!("{USER}:{PASSWORD}")
 }
 
-/// `skopeo` that trusts this registry.
+/// Returns `skopeo` that trusts this registry.
 pub fn skopeo(registry: &Registry) -> Command {
     let mut command = Command::new("skopeo");
     command.env("SSL_CERT_FILE", registry.path("ca.crt"));

@@ -11,7 +11,7 @@ pub struct Module {
 }
 
 impl Module {
-    /// The place of this module in candle's table of loaded modules.
+    /// Returns the place of this module in candle's table of loaded modules.
     pub fn index(&self) -> usize {
         self.index
     }

@@ -1,4 +1,4 @@
-// Kernels with one fault each, and the same without it: what the emulator must find, and must not.
+// Kernels with one fault each, which the emulator must find, and the same kernels without it.
 #pragma once
 #include "common.cuh"
 #include "prim_hopper.cuh"
@@ -16,8 +16,8 @@ extern "C" __global__ void block_total(const float* x, float* y, int barriers) {
     }
 }
 
-// Sums and maxima of warps, each also written out as the shuffles that the device makes; the last lanes of the block may be
-// missing. Counts the bits in which they differ.
+// Sums and maxima of warps, each also written out as the shuffles that the device makes; the last lanes of the block
+// may be missing. Counts the bits in which they differ.
 extern "C" __global__ void merged(const float* x, unsigned* different) {
     float sum = x[threadIdx.x], largest = sum;
     for (int offset = 16; offset > 0; offset >>= 1) {
@@ -121,8 +121,9 @@ extern "C" __global__ void unaligned(const unsigned char* x, uint4* y, int offse
     y[threadIdx.x] = *reinterpret_cast<const uint4*>(x + 16 * threadIdx.x + offset);
 }
 
-// A product of 64 x 16 and 16 x 64 by a warpgroup, with both operands from boxes of one matrix [256][32 or 64], whose rows lie
-// along the contraction or, for the right operand of `across`, across it. A fifth warp copies. Two products are added.
+// A product of 64 x 16 and 16 x 64 by a warpgroup, with both operands from boxes of one matrix [256][32 or 64], whose
+// rows lie along the contraction or, for the right operand of `across`, across it. A fifth warp copies. Two products
+// are added.
 template <int COLUMNS>
 __device__ void multiply_boxes(const TensorMap& map, float* c, int across, int fault) {
     SHARED_DYN(unsigned char, unaligned);
@@ -154,7 +155,7 @@ __device__ void multiply_boxes(const TensorMap& map, float* c, int across, int f
         if (fault != 7) barrier_wait(barriers, turn, fault == 4 ? 9 : 0);
         const uint64_t rows = matrix_descriptor(left, 16, 8 * row_bytes, fault == 8 ? SWIZZLE_64 : swizzle);
         if (across) {
-            // A by its fragments, read where the swizzle has put them.
+            // A as fragments, read from its swizzled places.
             for (int e = 0; e < 4; ++e) {
                 const int row = warp * 16 + lane / 4 + e % 2 * 8, column = lane % 4 * 2 + e / 2 * 8;
                 const uint64_t place = shared_address(left) + row * row_bytes + 2 * column;

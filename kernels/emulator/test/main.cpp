@@ -57,7 +57,7 @@ emulator::Refusal launch(const char* name, unsigned grid, unsigned threads, size
                             begins_early);
 }
 
-// The end of the process, and what it wrote to standard error.
+// The end of the process, and its standard error.
 struct Outcome {
     bool passed;
     std::string text;
@@ -261,7 +261,7 @@ int main() {
         return launch("dynamic", 1, 1024, 1024, order, x.data()) == emulator::Refusal::none;
     });
 
-    // Two blocks write one place, which only the race detector has a word about.
+    // Two blocks write to one place, which only the race detector reports.
     if (build != races) right("a kernel that waits first", [](int order) { return early(order, 0); });
     faulty("a thread that returns before the wait", any, "thread (7, 0, 0): the thread returns before wait_for_earlier_kernels",
            [](int order) { return early(order, 1); });

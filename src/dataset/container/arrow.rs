@@ -217,7 +217,7 @@ fn from_stream(input: &Input) -> Checked<Found> {
     found.ok_or_else(|| "it holds no schema".into())
 }
 
-/// The metadata of the message at a place, and its length with its prefix; `None` at the end of the stream.
+/// Returns the metadata of the message at a place, and its length with its prefix; `None` at the end of the stream.
 fn message_bytes(input: &Input, at: u64) -> Checked<Option<(u64, Vec<u8>)>> {
     let prefix = bytes_at(&input.file, at, 8.min(input.bytes.saturating_sub(at)))?;
     if prefix.len() < 8 || !prefix.starts_with(&CONTINUATION) {

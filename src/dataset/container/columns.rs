@@ -1,9 +1,9 @@
 //! JSON objects -> the types of their columns, and arrow arrays of these types.
 //!
-//! Objects become structs; a key that a row lacks is null. Freedom that JSON allows is kept exactly: the call of a
-//! tool has other arguments in each row, so a field of such a name whose objects differ is stored as JSON text, not
-//! as a struct with the keys of all. A field whose values have several types is refused with the two lines, if it
-//! is read at all.
+//! Objects become structs; a key that a row lacks is null. Objects of free form are kept exactly. For instance, the
+//! call of a tool has other arguments in each row. So a field of such a name whose objects differ is stored as JSON
+//! text, not as a struct with the keys of all. A field whose values have several types is refused with the two lines,
+//! if it is read at all.
 
 use crate::fault::{Fault, Result};
 use arrow::array::*;
@@ -61,7 +61,7 @@ pub(super) struct Shape {
     line: u64,
     values: u64,
     nulls: u64,
-    /// Whether there are whole numbers and others.
+    /// Whether the column has both whole and other numbers.
     widened: bool,
     /// The reason why there is no common type.
     mixed: Option<String>,
@@ -198,7 +198,8 @@ impl Shape {
         self.mixed.is_some() || (FREE.contains(&name) && nested && !self.without_own_nulls().is_exact())
     }
 
-    /// The shape without its own nulls, because a field that is null or absent in some rows can still be a struct.
+    /// Returns the shape without its own nulls, because a field that is null or absent in some rows can still be a
+    /// struct.
     fn without_own_nulls(&self) -> Shape {
         Shape { nulls: 0, ..self.clone() }
     }
@@ -218,7 +219,7 @@ impl Shape {
         Field::new(name, kind, true).with_metadata(mixed.collect::<HashMap<String, String>>())
     }
 
-    /// The schema of a file's rows. The error says why there is none.
+    /// Returns the schema of a file's rows. The error says why there is none.
     pub fn schema(&self) -> std::result::Result<Schema, String> {
         match (&self.kind, &self.mixed) {
             (_, Some(why)) => Err(why.clone()),
@@ -263,7 +264,7 @@ fn empty(value: &Value) -> Kind {
     }
 }
 
-/// A text as the only part of a content that other rows write in parts.
+/// Returns a text as the only part of a content that other rows write in parts.
 fn part(text: String) -> Value {
     serde_json::json!({"type": "text", "text": text})
 }
@@ -319,7 +320,7 @@ impl Columns {
         Columns { columns: places.iter().map(column).collect(), rows: 0 }
     }
 
-    /// Number of rows so far.
+    /// Returns the number of rows so far.
     pub fn rows(&self) -> usize {
         self.rows
     }
@@ -385,7 +386,7 @@ impl Column {
         }
     }
 
-    /// Adds a value. The error says what does not fit.
+    /// Adds a value. The error names the type that does not fit.
     fn push(&mut self, value: Option<&Value>) -> std::result::Result<(), &'static str> {
         match (self, value) {
             (Column::Text(builder), None) | (Column::Json(builder), None) => builder.append_null(),

@@ -137,17 +137,17 @@ struct Record {
     bytes: Vec<u8>,
     /// The end of each value, and whether it was in quotes.
     ends: Vec<(usize, bool)>,
-    /// Its first line, counted from 1.
+    /// The record's first line, counted from 1.
     line: u64,
 }
 
 #[derive(Clone, Copy, PartialEq)]
 enum State {
-    /// Before a value.
+    /// The place before a value.
     Start,
     Plain,
     Quoted,
-    /// After a quote inside quotes: either the end, or the first of two.
+    /// The place after a quote inside quotes. The quote is either the end, or the first of two.
     Quote,
 }
 

@@ -28,7 +28,7 @@ use std::sync::Arc;
 const CONTAINERS: [&Container; 5] =
     [&parquet::CONTAINER, &jsonl::CONTAINER, &json::CONTAINER, &csv::CONTAINER, &arrow::CONTAINER];
 
-/// How files of one kind are recognised and opened.
+/// The functions that recognise and open files of one kind.
 pub(super) struct Container {
     /// The value of `DatasetConfig.dataset_extension`.
     name: &'static str,
@@ -45,9 +45,9 @@ pub(super) struct Container {
 
 /// The rows of one file.
 pub(super) trait Rows {
-    /// The columns and their types.
+    /// Returns the columns and their types.
     fn schema(&self) -> &Arc<Schema>;
-    /// Number of rows. `None`: known only after reading.
+    /// Returns the number of rows. `None`: known only after reading.
     fn count(&self) -> Option<u64>;
     /// Passes every batch of the named columns, in the order of `names`, to `each`.
     fn read(&self, names: &[String], each: &mut OnBatch) -> Result<()>;
@@ -81,7 +81,7 @@ impl Table {
     }
 }
 
-/// The values of `DatasetConfig.dataset_extension`. KAITO also has `webdataset`, which holds no text.
+/// Returns the values of `DatasetConfig.dataset_extension`. KAITO also has `webdataset`, which holds no text.
 pub fn names() -> impl Iterator<Item = &'static str> {
     CONTAINERS.into_iter().map(|container| container.name)
 }
@@ -132,7 +132,7 @@ fn choose(name: &str, head: &[u8], asked: Option<&str>, packing: Packing) -> Res
             _ => Err(other(wanted)),
         },
         (None, Some(found), _) => Ok(found),
-        // The first character decides between the kinds of JSON, whatever the ending.
+        // The first character decides between the kinds of JSON, not the file's ending.
         (None, None, Some(named)) if ["json", "jsonl"].contains(&named.name) => {
             let kinds = [&jsonl::CONTAINER, &json::CONTAINER];
             kinds.into_iter().find(|kind| (kind.may_begin)(&text)).ok_or_else(|| other(named))
@@ -157,7 +157,7 @@ fn unnamed(head: &[u8], text: &str) -> Result<&'static Container> {
     })
 }
 
-/// The remedy for data that only needs another form.
+/// Returns the remedy for data that only needs another form.
 fn remedy(head: &[u8]) -> Option<&'static str> {
     let begins = |starts: &[&[u8]]| starts.iter().any(|start| head.starts_with(start));
     if begins(&[b"\xff\xfe", b"\xfe\xff"]) {
@@ -183,14 +183,14 @@ fn list_of_endings() -> String {
     format!("{}, each also .gz or .zst", endings.join(", "))
 }
 
-/// The ending of a file name in lower case, without that of gzip or zstd.
+/// Returns the ending of a file name in lower case, without that of gzip or zstd.
 pub(super) fn ending_of(name: &str) -> Option<String> {
     let last = name.rsplit(['/', '\\']).next()?.to_ascii_lowercase();
     let last = packing::ENDINGS.iter().find_map(|ending| last.strip_suffix(ending)).unwrap_or(&last);
     last.rsplit_once('.').map(|(_, ending)| ending.to_owned())
 }
 
-/// The head as text without byte order mark and blanks. The reader will report damage in it.
+/// Returns the head as text without byte order mark and blanks. The reader will report damage in it.
 fn leading_text(head: &[u8]) -> String {
     let text = String::from_utf8_lossy(head);
     text.trim_start_matches(['\u{feff}', ' ', '\t', '\r', '\n']).to_owned()
@@ -277,7 +277,7 @@ fn text(error: impl std::fmt::Display) -> String {
     error.to_string()
 }
 
-/// The indices of `names` among a schema's columns.
+/// Returns the indices of `names` among a schema's columns.
 fn indices(schema: &Schema, names: &[String]) -> Result<Vec<usize>> {
     let place = |name: &String| {
         schema.index_of(name).map_err(|_| Fault::internal(format!("there is no column `{name}` to read")))

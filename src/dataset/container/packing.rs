@@ -14,7 +14,7 @@ const SPILLED_BYTES_MAX: u64 = 64 << 30;
 /// LIMIT: memory that a zstd stream may ask for (2^27 bytes), which is the limit of its own command line.
 const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 const BUFFER_BYTES: usize = 1 << 20;
-/// Bytes that are enough to tell every kind of file.
+/// Bytes that are enough to recognise every kind of file.
 const HEAD_BYTES: u64 = 512;
 
 /// Endings of packed files' names.
@@ -42,7 +42,7 @@ impl Packing {
         }
     }
 
-    /// The name in messages.
+    /// Returns the name in messages.
     pub fn name(self) -> &'static str {
         match self {
             Packing::None => "nothing",
@@ -60,7 +60,7 @@ pub(super) struct Input {
     pub bytes: u64,
     /// The name in messages.
     pub name: String,
-    /// Its compression.
+    /// The compression of the input.
     pub packing: Packing,
     /// The name of its container.
     pub title: &'static str,
@@ -77,14 +77,14 @@ impl Input {
         Ok(Input { file, bytes, name: name.to_owned(), packing: Packing::of(&head), title: "a data file" })
     }
 
-    /// The first bytes, unpacked.
+    /// Returns the first bytes, unpacked.
     pub fn head(&self) -> Result<Vec<u8>> {
         let mut head = Vec::new();
         self.reader()?.take(HEAD_BYTES).read_to_end(&mut head).map_err(|error| self.failed(&error))?;
         Ok(head)
     }
 
-    /// The bytes from the start, unpacked. Any number of readers may be in use.
+    /// Returns the bytes from the start, unpacked. Any number of readers may be in use.
     pub fn reader(&self) -> Result<Box<dyn BufRead + '_>> {
         let whole = BufReader::with_capacity(BUFFER_BYTES, At { file: &self.file, at: 0 });
         let limited = |reader| Limited { reader, left: UNPACKED_BYTES_MAX };
@@ -104,8 +104,8 @@ impl Input {
         })
     }
 
-    /// The same file, unpacked and readable at any place. A packed file is written to a temporary file without a
-    /// name.
+    /// Returns the same file, unpacked and readable at any place. A packed file is written to a temporary file without
+    /// a name.
     pub fn seekable(self) -> Result<Input> {
         if self.packing == Packing::None {
             return Ok(self);
@@ -139,7 +139,7 @@ impl Input {
         Ok(Input { file, bytes, name: self.name, packing: Packing::None, title: self.title })
     }
 
-    /// The fault for a failed read: data if the compressed data may be damaged, otherwise storage.
+    /// Returns the fault for a failed read: data if the compressed data may be damaged, otherwise storage.
     pub fn failed(&self, error: &io::Error) -> Fault {
         match self.packing {
             Packing::None => {

@@ -26,14 +26,14 @@ pub(super) struct Totals {
     pub values: u64,
 }
 
-/// How a codec's decoder in the parquet crate treats the length in the header.
+/// The use of the length in the header by a codec's decoder in the parquet crate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Codec {
-    /// It stops at the length in the header.
+    /// The decoder stops at the length in the header.
     Bounded,
-    /// It reads to the end of the packed data.
+    /// The decoder reads to the end of the packed data.
     Gzip,
-    /// It reads to the end of the packed data.
+    /// The decoder reads to the end of the packed data.
     Brotli,
 }
 
@@ -274,7 +274,7 @@ impl Thrift<'_> {
         Err(Bad::Malformed)
     }
 
-    /// A zigzag number: 0, -1, 1, -2, ...
+    /// Returns a zigzag number: 0, -1, 1, -2, ...
     fn integer(&mut self) -> Result<i64, Bad> {
         let value = self.varint()?;
         Ok((value >> 1) as i64 ^ -((value & 1) as i64))
@@ -301,7 +301,7 @@ mod tests {
         bytes
     }
 
-    /// A data page v1: type, sizes, crc, header {values, three encodings, statistics {min: binary}}, body.
+    /// Returns a data page v1: type, sizes, crc, header {values, three encodings, statistics {min: binary}}, body.
     fn data_page(values: u64, unpacked: u64, body: usize, min: usize) -> Vec<u8> {
         let mut bytes = vec![0x15, 0x00, 0x15];
         bytes.extend(zigzag(unpacked));
@@ -336,7 +336,7 @@ mod tests {
         check(&file, 0, bytes.len() as u64, values, Codec::Bounded)
     }
 
-    /// Packed zeros under a header that declares `promised` bytes.
+    /// Reads a page of packed zeros under a header that declares `promised` bytes.
     fn lying_page(codec: Codec, zeros: usize, promised: u64) -> Result<Totals, String> {
         let mut writer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::none());
         writer.write_all(&vec![0; zeros]).unwrap();

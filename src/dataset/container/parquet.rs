@@ -69,8 +69,8 @@ fn bounds(name: &str) -> Bounds {
     Bounds::new(Kind::Data, format!("{name}: the parquet data"), DECODER_BYTES_MAX)
 }
 
-/// Reads a footer that is safe to parse. Strings become views, so that a text that a dictionary holds once and a
-/// million rows name stays one text. The schema that Arrow's writers add to parquet's own is not needed. The error
+/// Reads a footer that is safe to parse. Strings become views, so that a text that a dictionary holds once stays one
+/// text even if a million rows name it. The schema that Arrow's writers add to parquet's own is not needed. The error
 /// says what is wrong with the footer.
 pub fn load(file: &File, bytes: u64, name: &str) -> std::result::Result<ArrowReaderMetadata, String> {
     schema::check(file, bytes)?;

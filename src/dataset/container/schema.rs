@@ -18,7 +18,7 @@ const SCHEMA_ELEMENTS_MAX: u64 = 40_000;
 /// Length and magic at the end of the file.
 const TAIL_BYTES: u64 = 8;
 
-/// Checks the footer of a parquet file. Error: what is wrong with it, or that it is no parquet file.
+/// Checks the footer of a parquet file. Error: its fault, or that it is no parquet file.
 pub(super) fn check(file: &File, file_bytes: u64) -> Result<(), String> {
     let mut tail = [0; TAIL_BYTES as usize];
     let unreadable = |error: std::io::Error| format!("cannot read it: {error}");

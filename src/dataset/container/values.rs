@@ -20,7 +20,7 @@ const ROW_BYTES_MAX: usize = 256 << 20;
 /// Bytes after which a batch is passed on before it has `BATCH_ROWS` rows.
 const BATCH_BYTES: usize = 32 << 20;
 
-/// How the values of a file are divided.
+/// The division of a file into values.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Division {
     /// One value per line.
@@ -157,7 +157,7 @@ fn not_json(input: &Input, piece: &Piece, error: &serde_json::Error) -> Fault {
     Fault::data(format!("{}: line {line}, column {column}: {found}", input.name)).help(help)
 }
 
-/// The remedy for what Python's `json` writes and JSON does not have, or for any other mistake.
+/// Returns the remedy for values that Python's `json` writes and JSON does not have, or for any other mistake.
 fn remedy(text: &str, error: &serde_json::Error, told: &str) -> &'static str {
     let line = text.lines().nth(error.line().saturating_sub(1)).unwrap_or_default();
     let from = error.column().saturating_sub(2);

@@ -21,7 +21,7 @@ pub fn strings(array: &ArrayRef) -> Result<StringViewArray> {
     Ok(cast(array, &DataType::Utf8View)?.as_string_view().clone())
 }
 
-/// Bytes of all texts in an array; a text counts as often as rows name it.
+/// Returns the number of bytes of all texts in an array; a text counts as often as rows name it.
 pub fn text_bytes(array: &ArrayRef) -> u64 {
     // The length of a text is the lower half of its view's first 8 bytes.
     let lengths = |views: &[u128]| views.iter().map(|view| u64::from(*view as u32)).sum();
@@ -35,12 +35,12 @@ pub fn text_bytes(array: &ArrayRef) -> u64 {
     }
 }
 
-/// The text at `index`, or `None` if it is null.
+/// Returns the text at `index`, or `None` if it is null.
 pub fn value(array: &StringViewArray, index: usize) -> Option<&str> {
     (!array.is_null(index)).then(|| array.value(index))
 }
 
-/// The type of a list's items.
+/// Returns the type of a list's items.
 pub fn element(kind: &DataType) -> Option<&Arc<Field>> {
     use DataType::*;
     match kind {

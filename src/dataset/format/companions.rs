@@ -201,7 +201,7 @@ fn add_system(conversation: &mut Conversation, text: String) -> std::result::Res
     Ok(())
 }
 
-/// The reason why a companion's column cannot be read at all.
+/// Returns the reason why a companion's column cannot be read at all.
 pub fn refuses(schema: &Schema, companion: Companion, name: &str) -> Option<String> {
     let field = schema.field_with_name(name).ok()?;
     let kind = field.data_type();

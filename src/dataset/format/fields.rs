@@ -96,7 +96,7 @@ fn is_nothing(value: &Value) -> bool {
     }
 }
 
-/// A list of calls; JSON text of one is parsed.
+/// Returns a list of calls; JSON text of one is parsed.
 fn list(name: &str, value: Value) -> Result<Value, String> {
     let value = match value {
         Value::String(text) => {

@@ -75,7 +75,7 @@ impl Column {
         Ok(Column { nulls: array.clone(), values })
     }
 
-    /// The value of a row.
+    /// Returns the value of a row.
     pub fn value(&self, row: usize) -> Value {
         if self.nulls.is_null(row) {
             return Value::Null;
@@ -109,7 +109,7 @@ fn fields(array: &StructArray) -> Result<Vec<(String, Column)>> {
     both.map(|(field, column)| Ok((field.name().clone(), Column::of(column)?))).collect()
 }
 
-/// A map is stored as a list of structs with two fields.
+/// Casts a map, which is stored as a list of structs with two fields.
 fn entries(array: &ArrayRef) -> Result<Values> {
     let map = array.as_map();
     let offsets = map.offsets().iter().map(|&offset| i64::from(offset)).collect::<Vec<_>>();

@@ -35,8 +35,8 @@ const ROLE_FIELDS: [&str; 6] = ["role", "from", "speaker", "author", "sender", "
 /// Names of the field that holds the content, in any letter case.
 const CONTENT_FIELDS: [&str; 7] = ["content", "value", "text", "message", "utterance", "body", "parts"];
 
-/// The reason why a column of this type holds no messages. Names of the messages' fields are checked row by row,
-/// because the configuration may add some.
+/// Returns the reason why a column of this type holds no messages. Names of the messages' fields are checked row by
+/// row, because the configuration may add some.
 pub fn refuses(field: &Field) -> Option<String> {
     let kind = field.data_type();
     if column::is_string(kind) {
@@ -66,7 +66,7 @@ fn rows(arrays: &[ArrayRef], reading: &mut Reading) -> Result<Rows> {
     Ok((0..arrays[0].len()).map(row).collect())
 }
 
-/// The messages of one row. The error says what is wrong with it.
+/// Returns the messages of one row. The error says what is wrong with it.
 pub fn conversation(value: Value, reading: &mut Reading) -> std::result::Result<Vec<Message>, String> {
     let value = match value {
         Value::String(text) => json::of_text(&text)
@@ -197,7 +197,7 @@ fn unknown_speaker(speaker: &str) -> String {
     )
 }
 
-/// The kind of a JSON value in words.
+/// Returns the kind of a JSON value in words.
 fn what(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",

@@ -36,7 +36,7 @@ const FORMATS: [&Format; 13] = [
     &tokens::FORMATS[5],
 ];
 
-/// How one kind of table becomes conversations.
+/// A layout: the functions that turn one kind of table into conversations.
 pub(super) struct Format {
     /// The layout that it reads.
     pub layout: Layout,
@@ -45,7 +45,7 @@ pub(super) struct Format {
     columns: &'static [Column],
     /// The reason why columns of these types, in the order of `columns`, cannot be read.
     refuses: fn(&[&Field]) -> Option<String>,
-    /// Arrays in the order of `columns` -> one conversation per row, or what is wrong with the row.
+    /// The function that reads arrays in the order of `columns`: one conversation for each row, or its fault.
     rows: fn(&[ArrayRef], &mut Reading) -> Result<Rows>,
 }
 
@@ -59,7 +59,7 @@ struct Column {
     names: &'static [&'static str],
 }
 
-/// Bytes of the texts in these arrays, before any of them is copied.
+/// Returns the number of bytes of the texts in these arrays, before any of them is copied.
 pub(super) fn text_bytes(arrays: &[ArrayRef]) -> u64 {
     arrays.iter().map(column::text_bytes).sum()
 }
@@ -80,7 +80,7 @@ pub(super) struct Choice {
 }
 
 impl Choice {
-    /// Arrays in the order of `columns` -> one conversation per row, or what is wrong with the row.
+    /// Reads arrays in the order of `columns`: one conversation for each row, or its fault.
     pub fn rows(&self, arrays: &[ArrayRef], reading: &mut Reading) -> Result<Attached> {
         let (own, beside) = arrays.split_at(self.format.columns.len());
         let beside = companions::Columns::of(&self.companions, beside)?;
@@ -95,7 +95,7 @@ impl Choice {
     }
 }
 
-/// The digest of a group's value; `None` for null.
+/// Returns the digest of a group's value; `None` for null.
 fn group(value: &serde_json::Value) -> Option<u64> {
     let digest = <sha2::Sha256 as sha2::Digest>::digest(value.to_string().as_bytes());
     let first = digest.first_chunk().expect("a digest has 32 bytes");
@@ -118,7 +118,7 @@ pub(super) struct Reading<'a> {
     pub empty_questions: u64,
     /// Names of files without a row, beside files with rows.
     pub empty_files: Vec<String>,
-    /// Keys that name columns, and those of them that some file's layout goes by.
+    /// Keys that name columns, and those of them that the layout of some file uses.
     keys: [BTreeSet<&'static str>; 2],
     /// Whether a column `label` that nobody reads says true or false of each answer.
     has_labels: bool,
@@ -342,7 +342,7 @@ fn named(schema: &Schema, name: &str, key: &str) -> Result<String> {
     })
 }
 
-/// The keys with which the user names columns of layouts.
+/// Returns the keys with which the user names columns of layouts.
 fn keys_given(options: &Options) -> impl Iterator<Item = &'static str> {
     let keys = [
         ("DatasetConfig.messages_column", &options.messages_column),
@@ -354,7 +354,7 @@ fn keys_given(options: &Options) -> impl Iterator<Item = &'static str> {
     keys.into_iter().filter(|(_, name)| name.is_some()).map(|(key, _)| key)
 }
 
-/// The layout that the columns named by the user imply.
+/// Returns the layout that the columns named by the user imply.
 fn layout_of_named_columns(options: &Options) -> Option<Layout> {
     if options.messages_column.is_some() {
         Some(Layout::Messages)
@@ -367,7 +367,7 @@ fn layout_of_named_columns(options: &Options) -> Option<Layout> {
     }
 }
 
-/// The reason why a column does not hold text.
+/// Returns the reason why a column does not hold text.
 fn not_a_string(field: &Field) -> Option<String> {
     let kind = field.data_type();
     (!column::is_string(kind))
@@ -386,7 +386,7 @@ fn listed(schema: &Schema) -> String {
     if columns.is_empty() { "none".to_string() } else { columns.join(", ") }
 }
 
-/// The fault if no format fits. Columns with the right names and wrong types are named; otherwise no column is
+/// Returns the fault if no format fits. Columns with the right names and wrong types are named; otherwise no column is
 /// known.
 fn unfit(schema: &Schema, wanted: &[&Format], problems: &[String]) -> Fault {
     let found = listed(schema);

@@ -1,4 +1,4 @@
-//! The words of ShareGPT and its many descendants: who speaks, and turns that call a function.
+//! The words of ShareGPT and its many descendants: names of speakers, and turns that call a function.
 
 use super::super::Names;
 use serde_json::{Value, json};
@@ -38,7 +38,7 @@ const SPEAKERS: [(&str, &[&str]); 7] = [
 /// A turn of the assistant whose text is a call: `{"name": ..., "arguments": ...}`.
 const CALLER: &str = "function_call";
 
-/// The role of a speaker, as templates write it.
+/// Returns the role of a speaker, as templates write it.
 pub fn role(speaker: &str, names: &Names) -> Option<&'static str> {
     let word = speaker.trim().to_lowercase();
     let is_among = |list: &[String]| list.iter().any(|name| name.to_lowercase() == word);
@@ -51,7 +51,7 @@ pub fn role(speaker: &str, names: &Names) -> Option<&'static str> {
     SPEAKERS.iter().find(|(_, words)| words.contains(&word.as_str())).map(|(role, _)| *role)
 }
 
-/// All known words.
+/// Returns all known words.
 pub fn known() -> String {
     let words: Vec<&str> = SPEAKERS.iter().flat_map(|(_, words)| words.iter().copied()).collect();
     words.join(", ")

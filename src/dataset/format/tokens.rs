@@ -58,7 +58,7 @@ fn refuses(fields: &[&Field]) -> Option<String> {
     Some(format!("`{}` is {kind}; a list of whole numbers is needed", field.name()))
 }
 
-/// Whether a token is learned, by its label or flag. The error says why the value is invalid there.
+/// A function that decides whether a token is learned, by its label or flag. The error says why the value is invalid.
 type Learned = fn(token: i64, value: i64) -> std::result::Result<bool, String>;
 
 fn labels(token: i64, label: i64) -> std::result::Result<bool, String> {

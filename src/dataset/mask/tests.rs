@@ -1,8 +1,7 @@
 //! Compares masks of random conversations with a slow oracle. The oracle replaces every answer by a word that
 //! occurs nowhere else, so that a plain search finds it, and carries the places over to the true text.
 //!
-//! Contents are pieces of what the templates themselves write, which are the texts that a search would find in the
-//! wrong place.
+//! Contents are pieces of text that the templates themselves write. A search would find such texts in the wrong place.
 
 use super::super::template::Template;
 use super::*;
@@ -54,7 +53,7 @@ fn messages(talk: &[Said], words: bool) -> Vec<Message> {
     talk.iter().map(message).collect()
 }
 
-/// A piece of the text that a template writes around and inside a small conversation, or a fixed word.
+/// Returns a piece of the text that a template writes around and inside a small conversation, or a fixed word.
 fn piece(random: &mut Random, source: &[char]) -> String {
     const WORDS: [&str; 8] = ["end", "B", "d", "a", "user", "assistant", "<|end|>", "yes"];
     loop {
@@ -122,7 +121,7 @@ impl Carry {
     }
 }
 
-/// Applies the mask's rule where a plain search is right.
+/// Applies the mask's rule in cases in which a plain search is right.
 fn oracle(template: &Template, talk: &[Said], text: &str) -> Option<Vec<Range<usize>>> {
     let values = Template::values(&messages(talk, true));
     let context = Context::default();
@@ -232,7 +231,7 @@ fn answers_of_random_conversations_are_those_of_the_oracle() {
     assert!(compared > 4000 && skipped * 5 < compared, "{compared} compared, {skipped} skipped");
 }
 
-/// A template that looks at how an answer begins gets no marks there. The mask is the same.
+/// A template that inspects the beginning of an answer gets no marks there. The mask is the same.
 #[test]
 fn a_template_that_looks_into_answers_is_searched_from_where_the_turn_begins() {
     let source = "{% for m in messages %}{% if m.role == 'assistant' %}A:{% if m.content|length > 3 %}!{% endif %}{{ m.content }}<end>{% if loop.last %}<stop>{% endif %}{% else %}U:{{ m.content }}<end>{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}";

@@ -1,4 +1,4 @@
-//! Python's methods and functions that chat templates call -> what Python would return.
+//! Python's methods and functions that chat templates call -> the results of Python.
 
 use std::fmt::Write;
 
@@ -45,13 +45,13 @@ pub(super) fn method(
 /// Bytes of memory per part beside its text, for a list of single letters.
 const SPLIT_GROWTH: usize = 32;
 
-/// The largest number in a format such as `{:>80}`.
+/// Returns the largest number in a format such as `{:>80}`.
 fn widest_number(format: &str) -> usize {
     let digits = format.split(|letter: char| !letter.is_ascii_digit()).filter(|digits| !digits.is_empty());
     digits.map(|digits| digits.parse().unwrap_or(usize::MAX)).max().unwrap_or(0)
 }
 
-/// `json.dumps` with `ensure_ascii=False`, which is transformers' default.
+/// Writes JSON as `json.dumps` with `ensure_ascii=False`, which is transformers' default.
 pub(super) fn to_json(value: &Value, options: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = options.get("indent")?;
     if indent.is_some_and(|indent| indent > INDENT_MAX) {
@@ -147,7 +147,7 @@ impl Json<'_> {
     }
 }
 
-/// A float as Python writes it: with an exponent from 1e16 and below 1e-4, with a sign and two digits.
+/// Returns a float as Python writes it: with an exponent from 1e16 and below 1e-4, with a sign and two digits.
 pub(super) fn float(value: f64) -> String {
     let text = format!("{value:e}");
     let (digits, exponent) = text.split_once('e').expect("Rust writes an exponent");
@@ -160,7 +160,8 @@ pub(super) fn float(value: f64) -> String {
     }
 }
 
-/// `strftime_now` of Python in UTC and English: C's conversions, and glibc's `%-d` without leading zeros.
+/// Formats a time as Python's `strftime_now` does in UTC and English: C's conversions, and glibc's `%-d` without
+/// leading zeros.
 pub(super) fn strftime(format: &str, time: Timestamp) -> Result<String, Error> {
     let refuse = |message: String| Error::new(ErrorKind::InvalidOperation, message);
     if format.len() > FORMAT_BYTES_MAX {

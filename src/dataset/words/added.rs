@@ -23,8 +23,8 @@ struct AddedPart {
 }
 
 impl Added {
-    /// Both kinds: those that are looked for first, and those that are looked for in what is left, after the
-    /// normalizer. `None`: a token has a rule that this file does not follow, such as `single_word`.
+    /// Returns both kinds: those that are searched for first, and those that are searched for in the remaining text,
+    /// after the normalizer. `None`: a token has a rule that this file does not follow, such as `single_word`.
     pub fn of(inner: &tokenizers::Tokenizer) -> Option<[Option<Added>; 2]> {
         let mut kinds: [Vec<(u32, AddedToken)>; 2] = Default::default();
         for (id, token) in inner.get_added_tokens_decoder() {
@@ -34,7 +34,7 @@ impl Added {
         Some([Added::one(first)?, Added::one(second)?])
     }
 
-    /// The tokens of one kind, if it has any.
+    /// Returns the tokens of one kind, if it has any.
     fn one(mut tokens: Vec<(u32, AddedToken)>) -> Option<Option<Added>> {
         if tokens.is_empty() {
             return Some(None);
@@ -60,7 +60,7 @@ impl Added {
         Some(Some(Added { pattern, tokens: tokens.into_iter().map(part).collect() }))
     }
 
-    /// The texts of the tokens.
+    /// Returns the texts of the tokens.
     pub fn contents(&self) -> impl Iterator<Item = &str> {
         self.tokens.keys().map(String::as_str)
     }

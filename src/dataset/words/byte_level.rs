@@ -13,12 +13,12 @@ const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]
 /// A byte-level BPE tokenizer.
 pub(super) struct ByteLevel {
     pieces: Regex,
-    /// Whether what the expression does not match becomes tokens, too.
+    /// Whether text that the expression does not match becomes tokens too.
     keeps_rest: bool,
     trim: Option<Trim>,
 }
 
-/// How the post-processor changes places: it takes the spaces off.
+/// The change of places by the post-processor: it takes the spaces off.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Trim {
     /// A first token keeps one space, since the tokenizer may have put it there.
@@ -26,7 +26,7 @@ struct Trim {
 }
 
 impl ByteLevel {
-    /// `None`: the tokenizer is of another kind.
+    /// Returns `None` if the tokenizer is of another kind.
     pub fn of(inner: &tokenizers::Tokenizer) -> Option<ByteLevel> {
         if !plain_bpe(inner.get_model()) {
             return None;
@@ -57,7 +57,7 @@ impl ByteLevel {
         if at < text.len() && self.keeps_rest { each(at, text.len()) } else { Some(()) }
     }
 
-    /// A token's place after the post-processor.
+    /// Returns a token's place after the post-processor.
     pub fn trimmed(&self, part: &Part, mut from: usize, mut to: usize, is_first: bool) -> (usize, usize) {
         let Some(trim) = self.trim else { return (from, to) };
         let (mut before, after) = (usize::from(part.before), usize::from(part.after));
@@ -72,7 +72,7 @@ impl ByteLevel {
     }
 }
 
-/// The tokens of one piece, by the library's model.
+/// Returns the tokens of one piece, by the library's model.
 pub(super) fn parts(model: &ModelWrapper, piece: &str) -> Option<Box<[Part]>> {
     let mut letters = String::with_capacity(2 * piece.len());
     // For each byte of the letters, the byte of the piece.
@@ -97,7 +97,7 @@ pub(super) fn parts(model: &ModelWrapper, piece: &str) -> Option<Box<[Part]>> {
     tokens.into_iter().map(part).collect()
 }
 
-/// Spaces at both ends of a token's text, in either form.
+/// Counts the spaces at both ends of a token's text, in either form.
 pub(super) fn spaces(token: &str) -> (u16, u16) {
     let is_space = |c: &char| *c == 'Ġ' || c.is_whitespace();
     let count = |count: usize| u16::try_from(count).unwrap_or(u16::MAX);
@@ -119,8 +119,8 @@ fn plain_bpe(model: &ModelWrapper) -> bool {
         && !bpe.byte_fallback
 }
 
-/// The expression that a pre-tokenizer splits by, if it splits once and then takes bytes, and whether it keeps what
-/// the expression does not match.
+/// Returns the expression that a pre-tokenizer splits by, if it splits once and then takes bytes, and whether it keeps
+/// text that the expression does not match.
 fn expression(splits: &Value) -> Option<(String, bool)> {
     let kind = |value: &Value| value["type"].as_str().map(str::to_owned);
     let bytes = |value: &Value, use_regex: bool| {
@@ -143,7 +143,7 @@ fn expression(splits: &Value) -> Option<(String, bool)> {
     (is_split && bytes(last, false)).then(|| (expression.to_owned(), keeps_rest))
 }
 
-/// How a post-processor changes places; `None`: in a way that is not known here.
+/// Returns the change of places by a post-processor. `None`: the change is not known here.
 fn trim(processor: &Value) -> Option<Option<Trim>> {
     let list = match processor["type"].as_str()? {
         "Sequence" => processor["processors"].as_array()?.clone(),

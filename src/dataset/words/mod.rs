@@ -1,4 +1,4 @@
-//! A BPE tokenizer -> the same tokens and places as the library's, with what words become remembered.
+//! A BPE tokenizer -> the same tokens and places as the library's. The tokens of words are remembered.
 //!
 //! The library keeps the place of every byte through each of its steps, which costs more than the tokens do. Most
 //! tokenizers in use need none of that: they split a text at added tokens, the rest falls into pieces that become
@@ -32,7 +32,7 @@ pub(super) type Offsets = Vec<(usize, usize)>;
 pub(super) struct Words {
     /// Tells tokenizers apart in a thread's memory.
     number: u64,
-    /// Added tokens that are looked for first, and those that are looked for in what is left.
+    /// Added tokens that are searched for first, and those that are searched for in the remaining text.
     added: [Option<Added>; 2],
     kind: Kind,
     /// Whether the normalizer composes characters (NFC). A text that it would change is left to the library.
@@ -59,7 +59,7 @@ thread_local! {
 }
 
 impl Words {
-    /// `None`: the tokenizer is of another kind.
+    /// Returns `None` if the tokenizer is of another kind.
     pub fn of(inner: &tokenizers::Tokenizer) -> Option<Words> {
         static NUMBER: AtomicU64 = AtomicU64::new(1);
         let composes = matches!(inner.get_normalizer(), Some(NormalizerWrapper::NFC(_)));
@@ -77,7 +77,7 @@ impl Words {
         words.agrees(inner).then_some(words)
     }
 
-    /// Ids, and the bytes of `text` that they stand for. `None`: the library must do it.
+    /// Returns ids, and the bytes of `text` that they stand for. `None`: the library must encode this text.
     pub fn spans(&self, inner: &tokenizers::Tokenizer, text: &str) -> Option<(Vec<u32>, Offsets)> {
         let mut out = (Vec::with_capacity(text.len() / 3), Vec::with_capacity(text.len() / 3));
         self.walk(inner, text, &mut |part, from, to| {
@@ -91,14 +91,14 @@ impl Words {
         Some(out)
     }
 
-    /// Ids alone. `None`: the library must do it.
+    /// Returns ids alone. `None`: the library must do it.
     pub fn ids(&self, inner: &tokenizers::Tokenizer, text: &str) -> Option<Vec<u32>> {
         let mut ids = Vec::with_capacity(text.len() / 3);
         self.walk(inner, text, &mut |part, _, _| ids.push(part.id))?;
         Some(ids)
     }
 
-    /// A few texts that differ in everything that matters come out the same.
+    /// Returns a few texts that differ in everything that matters come out the same.
     fn agrees(&self, inner: &tokenizers::Tokenizer) -> bool {
         const PROBES: [&str; 8] = [
             "",
@@ -137,7 +137,7 @@ impl Words {
         })
     }
 
-    /// The tokens of a part without added tokens.
+    /// Returns the tokens of a part without added tokens.
     fn tokens(
         &self,
         inner: &tokenizers::Tokenizer,
@@ -167,7 +167,7 @@ impl Words {
         }
     }
 
-    /// Divides at added tokens: those of the first kind, then, in what is left, those of the second.
+    /// Divides at added tokens: those of the first kind, then, in the remaining text, those of the second.
     fn between(&self, text: &str, each: &mut added::Each) -> Option<()> {
         let mut rest = |from: usize, to: usize, token: Option<&Part>| match (&self.added[1], token) {
             (Some(added), None) => {
@@ -204,7 +204,7 @@ fn piece(
     Some(())
 }
 
-/// A token's bytes in the text, grown to whole characters as the library does.
+/// Passes on a token's bytes in the text, grown to whole characters as the library does.
 fn place(text: &str, base: usize, part: &Part, each: &mut dyn FnMut(&Part, usize, usize)) {
     let from = text.floor_char_boundary(base + part.from as usize);
     let to = text.ceil_char_boundary(base + part.to as usize);
@@ -216,7 +216,7 @@ fn is_composed(text: &str) -> bool {
     text.is_ascii() || is_nfc_quick(text.chars()) == IsNormalized::Yes
 }
 
-/// The library's tokens.
+/// Returns the library's tokens.
 fn library(inner: &tokenizers::Tokenizer, text: &str) -> Option<(Vec<u32>, Offsets)> {
     let encoding = inner.encode(text, false).ok()?;
     Some((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
@@ -227,7 +227,7 @@ mod tests {
     use super::*;
     use serde_json::Value;
 
-    /// Texts of random characters from what makes tokenizers differ, and of the tokenizer's own tokens.
+    /// Returns a text of random characters that tokenizers treat differently, and of the tokenizer's own tokens.
     fn text(random: &mut impl FnMut(usize) -> usize, tokens: &[String]) -> String {
         const PARTS: [&str; 34] = [
             " ",
@@ -316,7 +316,8 @@ mod tests {
         }
     }
 
-    /// SentencePiece's forms: who puts marks where, tokens that take spaces, line breaks that are joined or not.
+    /// SentencePiece's forms: the component that writes marks, their places, tokens that take spaces, line breaks that
+    /// are joined or not.
     #[test]
     fn sentence_piece_in_each_of_its_forms() {
         let mut vocabulary: Vec<String> = ["<unk>", "<s>", "</s>"].map(str::to_owned).to_vec();

@@ -28,7 +28,7 @@ enum Prefix {
 }
 
 impl SentencePiece {
-    /// `None`: the tokenizer is of another kind.
+    /// Returns `None` if the tokenizer is of another kind.
     pub fn of(inner: &tokenizers::Tokenizer) -> Option<SentencePiece> {
         let normalizer = serde_json::to_value(inner.get_normalizer()).ok()?;
         let splits = serde_json::to_value(inner.get_pre_tokenizer()).ok()?;
@@ -84,7 +84,8 @@ fn is_blank(c: char) -> bool {
     c == ' ' || c == MARK
 }
 
-/// The tokens of one piece, by the library's model. The mark before a part has the place of its first character.
+/// Returns the tokens of one piece, by the library's model. The mark before a part has the place of its first
+/// character.
 pub(super) fn parts(model: &ModelWrapper, piece: &str, is_prefixed: bool) -> Option<Box<[Part]>> {
     let mut marked = String::with_capacity(piece.len() + 8);
     // For each byte of the marked text, the place of its character in the piece.
@@ -116,7 +117,7 @@ fn whole_bpe(model: &ModelWrapper) -> bool {
         && (0..=255).all(|byte: u8| bpe.token_to_id(&format!("<{byte:#04X}>")).is_some())
 }
 
-/// The rule for marks before parts. `None`: the normalizer or the pre-tokenizer does more than write marks.
+/// Returns the rule for marks before parts. `None`: the normalizer or the pre-tokenizer does more than write marks.
 fn prefix(normalizer: &Value, splits: &Value) -> Option<Prefix> {
     let marks = |value: &Value| {
         value["type"] == "Replace"

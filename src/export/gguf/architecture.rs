@@ -1,7 +1,7 @@
 //! A family's facts -> llama.cpp's architecture: its name, its keys, the name and the order of each tensor.
 //!
 //! Source: llama.cpp's model loaders (`src/models`) and converters. A form of a family that llama.cpp computes
-//! otherwise is refused with what differs.
+//! otherwise is refused, and the message names the difference.
 
 use super::file::Value;
 use crate::facts::rope::{Rope, Scaling};
@@ -42,14 +42,14 @@ pub struct Entry {
     pub name: String,
     /// Order of the rows in the file.
     pub order: Order,
-    /// Is added to every value: Gemma's norms are stored as what they add to 1.
+    /// A number that is added to every value: Gemma's norms are stored as their difference from 1.
     pub plus: f32,
 }
 
 /// Order of a tensor's rows in the file.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Order {
-    /// As in the checkpoint.
+    /// The order of the checkpoint.
     Same,
     /// Row i of the file is this row of the checkpoint.
     Rows(Vec<usize>),
@@ -64,7 +64,7 @@ impl Order {
         }
     }
 
-    /// The other way.
+    /// Returns the other way.
     pub fn undo(&self, values: &[f32], cols: usize) -> Vec<f32> {
         let Order::Rows(rows) = self else { return values.to_vec() };
         let mut out = vec![0.0; values.len()];
@@ -76,7 +76,7 @@ impl Order {
 }
 
 impl Architecture {
-    /// The architecture of a model.
+    /// Returns the architecture of a model.
     ///
     /// # Errors
     /// Model: a family or a form that llama.cpp does not compute.
@@ -108,7 +108,7 @@ impl Architecture {
         Ok(architecture)
     }
 
-    /// The value that the loader of this architecture assumes.
+    /// Refuses a model whose values differ from those that the loader of this architecture assumes.
     fn check(&mut self, facts: &Facts) -> Result<()> {
         let heads = facts.heads();
         let refused = |what: String| {
@@ -203,7 +203,7 @@ impl Architecture {
         Ok(())
     }
 
-    /// The keys of the model's sizes.
+    /// Returns the keys of the model's sizes.
     pub fn keys(&self, facts: &Facts) -> Vec<(String, Value)> {
         let heads = facts.heads();
         let count = |number: usize| Value::U32(u32::try_from(number).unwrap_or(u32::MAX));
@@ -252,7 +252,7 @@ impl Architecture {
         keys.into_iter().map(|(key, value)| (format!("{}.{key}", self.name), value)).collect()
     }
 
-    /// Tensors of factors that divide rope's frequencies.
+    /// Returns the tensors of factors that divide rope's frequencies.
     pub fn factors(&self, facts: &Facts) -> Vec<(&'static str, Vec<f32>)> {
         let rope = &facts.ropes[0];
         match &rope.scaling {
@@ -269,7 +269,7 @@ impl Architecture {
         }
     }
 
-    /// The name and the form of a tensor by the name that the checkpoint has for it.
+    /// Returns the name and the form of a tensor by the name that the checkpoint has for it.
     pub fn entry(&self, facts: &Facts, name: &str) -> Result<Entry> {
         let (path, end) = name.rsplit_once('.').unwrap_or((name, ""));
         let names = &facts.names;
@@ -296,7 +296,7 @@ impl Architecture {
         Ok(Entry { order, ..same(&format!("blk.{layer}.{called}")) })
     }
 
-    /// The name of a module inside a layer.
+    /// Returns the name of a module inside a layer.
     fn called(&self, facts: &Facts, path: &str) -> Option<&'static str> {
         let names = &facts.names;
         let is = |name: Option<&str>| name == Some(path);
@@ -343,7 +343,8 @@ impl Architecture {
     }
 }
 
-/// transformers turns row i of a head with row i + width / 2; llama.cpp neighbours.
+/// Returns the order of rows for llama.cpp, which rotates neighbouring rows of a head; transformers rotates row i with
+/// row i + width / 2.
 fn interleaved(heads: usize, width: usize) -> Order {
     let half = width / 2;
     let row = |at: usize| {

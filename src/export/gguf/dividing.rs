@@ -32,7 +32,7 @@ enum Part {
     Other(String),
 }
 
-/// llama.cpp's name for a byte-level tokenizer. Error: the part that it has no name for.
+/// Returns llama.cpp's name for a byte-level tokenizer. Error: the part that it has no name for.
 pub fn name(tokenizer: &Json) -> Result<&'static str, String> {
     let pre = &tokenizer["pre_tokenizer"];
     let parts: Vec<Part> = match pre["pretokenizers"].as_array() {
@@ -84,8 +84,8 @@ fn part(part: &Json) -> Part {
     }
 }
 
-/// The changes to a text that llama.cpp does not make before it divides it. Error: a normalizer that changes more than
-/// the form of composed letters.
+/// Returns the changes to a text that llama.cpp does not make before it divides it. Error: a normalizer that changes
+/// more than the form of composed letters.
 pub fn normalizer(tokenizer: &Json, pieces: bool) -> Result<Option<String>, String> {
     let normalizer = &tokenizer["normalizer"];
     let parts: Vec<&Json> = match normalizer["normalizers"].as_array() {
@@ -112,7 +112,8 @@ pub fn normalizer(tokenizer: &Json, pieces: bool) -> Result<Option<String>, Stri
     Ok(warning)
 }
 
-/// How a tokenizer with blanks as letters divides text: not at all, or before blanks. Error: otherwise.
+/// Checks that a tokenizer with blanks as letters divides text not at all, or before blanks. Error: it divides in
+/// another way.
 pub fn pieces(tokenizer: &Json) -> Result<(), String> {
     let pre = &tokenizer["pre_tokenizer"];
     let before_blanks = pre["type"] == "Split" && pre["pattern"]["String"] == " ";
@@ -122,7 +123,7 @@ pub fn pieces(tokenizer: &Json) -> Result<(), String> {
     }
 }
 
-/// The first letters of a JSON text.
+/// Returns the first letters of a JSON text.
 fn short(value: &Json) -> String {
     let text = value.to_string();
     match text.char_indices().nth(300) {

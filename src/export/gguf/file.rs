@@ -62,7 +62,7 @@ impl Kind {
         }
     }
 
-    /// The type of a matrix.
+    /// Returns the type of a matrix.
     pub fn plain(stored: Stored) -> Kind {
         match stored {
             Stored::F32 => Kind::F32,
@@ -72,7 +72,7 @@ impl Kind {
         }
     }
 
-    /// The form of the values.
+    /// Returns the form of the values.
     pub fn stored(self) -> Stored {
         match self {
             Kind::F32 => Stored::F32,
@@ -86,7 +86,7 @@ impl Kind {
         [Kind::F32, Kind::F16, Kind::Q8, Kind::Bf16].into_iter().find(|kind| *kind as u32 == number)
     }
 
-    /// Bytes of so many values.
+    /// Returns the number of bytes of so many values.
     pub fn bytes(self, values: usize) -> usize {
         self.stored().bytes(values)
     }
@@ -104,13 +104,13 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// Bytes in the file.
+    /// Returns the number of bytes in the file.
     pub fn bytes(&self) -> usize {
         self.kind.bytes(self.shape.iter().product())
     }
 }
 
-/// Everything in front of the tensors, which follow in this order, each filled up to the alignment.
+/// Returns everything in front of the tensors, which follow in this order, each filled up to the alignment.
 pub fn header(metadata: &[(String, Value)], tensors: &[Tensor]) -> Vec<u8> {
     let mut out = Vec::new();
     out.extend_from_slice(MAGIC);
@@ -212,7 +212,7 @@ pub struct Gguf {
 }
 
 impl Gguf {
-    /// Reads what stands in front of the tensors.
+    /// Reads everything in front of the tensors.
     ///
     /// # Errors
     /// Model: no GGUF of this version, cut short, or with types that hone does not write.
@@ -236,12 +236,12 @@ impl Gguf {
         Ok(gguf)
     }
 
-    /// A value by its key.
+    /// Returns a value by its key.
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.metadata.iter().find(|(other, _)| other == key).map(|(_, value)| value)
     }
 
-    /// A tensor's description and values.
+    /// Returns a tensor's description and values.
     pub fn values(&self, name: &str) -> Result<Option<(&Tensor, Vec<f32>)>> {
         let Some((tensor, from)) = self.tensors.iter().find(|(tensor, _)| tensor.name == name) else {
             return Ok(None);
@@ -276,7 +276,7 @@ impl Reader<'_> {
         Some(u64::from_le_bytes(self.take(8)?.try_into().ok()?))
     }
 
-    /// A length, which the rest of the file bounds.
+    /// Returns a length, which the rest of the file bounds.
     fn length(&mut self) -> Option<usize> {
         let length = usize::try_from(self.u64()?).ok()?;
         (length <= self.bytes.len()).then_some(length)
@@ -411,7 +411,7 @@ mod tests {
         assert!(!check(&header_and(Tensor { shape: vec![2, 33], kind: Kind::Q8, ..tensor })), "half a block");
     }
 
-    /// A file with one tensor of zeros.
+    /// Returns a file with one tensor of zeros.
     fn header_and(tensor: Tensor) -> Vec<u8> {
         [header(&[], &[tensor]), vec![0; 512]].concat()
     }

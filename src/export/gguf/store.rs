@@ -33,7 +33,7 @@ impl GgufStore {
         Ok(GgufStore { file, entries })
     }
 
-    /// The file's own names of tensors that no tensor of the model is.
+    /// Returns the file's own names of tensors that no tensor of the model is.
     pub fn unknown(&self) -> Vec<&str> {
         let known = |name: &str| {
             name == HEAD

@@ -52,7 +52,7 @@ pub struct OfModel<'a> {
     pub chat_template: Option<&'a str>,
 }
 
-/// The keys, and what somebody should know.
+/// The keys, and the warnings about them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Vocabulary {
     /// Keys and values.
@@ -109,7 +109,7 @@ pub fn read(folder: &Path, rows: usize, model: &OfModel) -> Result<Vocabulary> {
     Ok(Vocabulary { keys, warnings })
 }
 
-/// Text and kind of every row's token. Error: what is wrong with the file.
+/// Returns the text and kind of every row's token. Error: a fault of the file.
 fn tokens(
     tokenizer: &Json,
     config: &Json,
@@ -168,7 +168,7 @@ fn special(model: &OfModel, unknown: Option<u64>) -> Vec<(String, Value)> {
     keys
 }
 
-/// Tokens beside the vocabulary, those of tokenizer_config.json last, as transformers adds them.
+/// Returns tokens beside the vocabulary, those of tokenizer_config.json last, as transformers adds them.
 fn added<'a>(tokenizer: &'a Json, config: &'a Json) -> Vec<(u64, &'a Json)> {
     let own = tokenizer["added_tokens"].as_array().into_iter().flatten();
     let own = own.filter_map(|token| Some((token["id"].as_u64()?, token)));
@@ -176,7 +176,7 @@ fn added<'a>(tokenizer: &'a Json, config: &'a Json) -> Vec<(u64, &'a Json)> {
     own.chain(declared.filter_map(|(id, token)| Some((id.parse().ok()?, token)))).collect()
 }
 
-/// Pairs, written as `a b` or as lists.
+/// Returns the merges. The file writes a pair as `a b` or as a list.
 fn merges(merges: &Json) -> Vec<(String, String)> {
     let pair = |merge: &Json| match merge {
         Json::String(text) => text.split_once(' ').map(|(a, b)| (a.to_owned(), b.to_owned())),

@@ -49,7 +49,7 @@ pub fn facts(config: &Config) -> Result<Facts> {
     })
 }
 
-/// The heads, always as `Layout::Grouped`: with one key head both layouts have the same columns. Without
+/// Returns the heads, always as `Layout::Grouped`: with one key head both layouts have the same columns. Without
 /// `multi_query`, each query head is followed by its own key and value.
 fn heads(config: &Config, width: usize) -> Result<Heads> {
     let query = config.integer("num_attention_heads")?;

@@ -13,7 +13,7 @@ pub(super) struct Plain<'a> {
     pub norm: NormKind,
     /// Every layer.
     pub layer: LayerFacts,
-    /// How config.json describes the rope.
+    /// The names by which config.json describes the rope.
     pub dialect: &'a Dialect,
     /// `max_position_embeddings` if the config does not say it.
     pub positions: usize,
@@ -21,8 +21,8 @@ pub(super) struct Plain<'a> {
     pub tied_head: bool,
 }
 
-/// The facts of a model of equal layers with one rope, without factors and caps, and with Llama's names. A family
-/// states its differences with `..`.
+/// Returns the facts of a model of equal layers with one rope, without factors and caps, and with Llama's names. A
+/// family states its differences with `..`.
 pub(super) fn plain(config: &Config, plain: Plain) -> Result<Facts> {
     let Plain { family, norm, layer, dialect, positions, tied_head } = plain;
     Ok(Facts {

@@ -44,7 +44,7 @@ impl Biases {
     /// No biases.
     pub const NONE: Biases = Biases { query_key_value: false, output: false, feed_forward: false };
 
-    /// Biases of all four attention projections, by `attention_bias`.
+    /// Returns the biases of all four attention projections, by `attention_bias`.
     pub fn attention(config: &Config) -> Result<Biases> {
         let bias = config.flag("attention_bias")?;
         Ok(Biases { query_key_value: bias, output: bias, feed_forward: false })
@@ -57,7 +57,7 @@ impl Biases {
 }
 
 impl Defaults {
-    /// The defaults of most families.
+    /// Returns the defaults of most families.
     pub fn of(family: &'static str, biases: Biases) -> Defaults {
         Defaults {
             family,

@@ -1,9 +1,8 @@
 //! New rows of several sequences over the keys and values that their earlier rows left in pages.
 //!
 //! Row i of a sequence sees its rows j with `i - window < j <= i`, as in `attention::formula`; here their keys and
-//! values come from a `Store`. What a row gets depends on its own sequence alone, bit for bit: pages are taken in
-//! the order of positions, and no sum spans two sequences. Serving has no backward pass. On a GPU the pages lie
-//! there.
+//! values come from a `Store`. A row's bits depend on its own sequence alone: pages are taken in the order of
+//! positions, and no sum spans two sequences. Serving has no backward pass. On a GPU the pages lie in its memory.
 
 use std::any::Any;
 use std::ops::Range;
@@ -28,7 +27,7 @@ mod gpu;
 pub const PAGE: usize = 32;
 /// Query rows of a block of a task.
 const BLOCK: usize = 64;
-/// From so many rows on (rows of the block times heads of the group) a page is a matrix product.
+/// The smallest number of rows (rows of the block times heads of the group) for which a page is a matrix product.
 const PRODUCT_ROWS_MIN: usize = 8;
 
 /// Products of queries with keys below which waking a second thread costs more than it saves.
@@ -53,7 +52,7 @@ pub struct Segments<'a> {
 }
 
 impl<'a> Segments<'a> {
-    /// The segments of one step, in the order of their rows.
+    /// Returns the segments of one step, in the order of their rows.
     pub fn new(list: &'a [Segment]) -> Segments<'a> {
         Segments {
             list,
@@ -62,8 +61,8 @@ impl<'a> Segments<'a> {
         }
     }
 
-    /// Copies what layers of these windows read of short segments to a GPU. Lists are filled up to few
-    /// different lengths, so that steps of other lengths of context ask for the same launches.
+    /// Copies what layers of these windows read of short segments to a GPU. Lists are filled up to few different
+    /// lengths, so that steps with other lengths of context need the same launches.
     #[cfg(feature = "cuda")]
     pub fn send(&self, windows: impl IntoIterator<Item = Option<usize>>, device: &Device) -> Result<()> {
         self.send_filled_up(windows, device)
@@ -105,7 +104,7 @@ impl Values {
         })
     }
 
-    /// The values of a range; those in fewer bits are widened into `scratch`.
+    /// Returns the values of a range; those in fewer bits are widened into `scratch`.
     fn read<'a, T: Real>(&'a self, range: Range<usize>, scratch: &'a mut Vec<T>) -> Result<&'a [T]> {
         let same: Option<&Vec<T>> = match self {
             Values::F32(data) => (data as &dyn Any).downcast_ref(),
@@ -158,19 +157,19 @@ impl Values {
 }
 
 impl Store {
-    /// Empty pages on the device where the layer computes.
+    /// Returns empty pages on the device that computes the layer.
     pub fn new(pages: usize, heads: &Heads, dtype: DType, device: &Device) -> Result<Store> {
         let length = pages * PAGE * heads.key * heads.width;
         let (keys, values) = (Values::new(length, dtype, device)?, Values::new(length, dtype, device)?);
         Ok(Store { keys, values, key_heads: heads.key, width: heads.width })
     }
 
-    /// Bytes of keys and values of one token in one layer.
+    /// Returns the number of bytes of keys and values of one token in one layer.
     pub fn token_bytes(heads: &Heads, dtype: DType) -> usize {
         2 * heads.key * heads.width * dtype.size_in_bytes()
     }
 
-    /// First value of a token of a page.
+    /// Returns the first value of a token of a page.
     fn at(&self, page: u32, key_head: usize, token: usize) -> usize {
         ((page as usize * self.key_heads + key_head) * PAGE + token) * self.width
     }
@@ -314,7 +313,7 @@ impl<T: Real> Block<'_, T> {
         rows.flat_map(|at| self.qkv[at..at + group * self.heads.width].iter().copied()).collect()
     }
 
-    /// The first tokens of a page.
+    /// Returns the first tokens of a page.
     fn page<'a>(
         &self,
         values: &'a Values,
@@ -453,8 +452,8 @@ mod tests {
     /// Query heads, key heads, width, window, cap, layout.
     type Case = (usize, usize, usize, Option<usize>, Option<f64>, Layout);
 
-    /// What the kernels have cases for: groups of 1, below, at and beyond four heads, every padded width, odd widths,
-    /// windows shorter than a page and longer than a piece.
+    /// The cases that kernels distinguish: groups of 1, below, at and beyond four heads, every padded width, odd
+    /// widths, windows shorter than a page and longer than a piece.
     const GPU_CASES: [Case; 8] = [
         (2, 2, 96, None, None, Layout::Blocked),
         (4, 1, 128, Some(70), None, Layout::Blocked),

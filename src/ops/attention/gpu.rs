@@ -35,7 +35,7 @@ impl Tiling {
         Tiling { warps, bands, step }
     }
 
-    /// Rows that one block owns.
+    /// Returns the number of rows that one block owns.
     fn rows(&self) -> usize {
         16 * self.bands * self.warps
     }
@@ -60,16 +60,16 @@ fn tilings(dtype: DType, head_width: usize) -> Result<Tilings> {
     Ok(Tilings { width, forward, query, key, key_wide })
 }
 
-/// Bytes of `rows` rows of tiles with 16 bytes between them. In f32, scratch space to turn one product's result
-/// into the next one's operand is added.
+/// Returns the number of bytes of `rows` rows of tiles with 16 bytes between them. In f32, scratch space to turn one
+/// product's result into the next one's operand is added.
 fn shared_bytes(dtype: DType, width: usize, rows: usize, warps: usize, tiling: Tiling) -> usize {
     let size = dtype.size_in_bytes();
     let scratch = if dtype == DType::F32 { warps * 16 * tiling.bands * (tiling.step + 4) * 4 } else { 0 };
     rows * (width * size + 16) + scratch
 }
 
-/// Bytes for keys and values, two stages of queries and their gradients, and what one warp of a pair hands to the
-/// other.
+/// Returns the number of bytes for keys and values, two stages of queries and their gradients, and the values that one
+/// warp of a pair hands to the other.
 fn key_shared_bytes(dtype: DType, width: usize, key: Tiling) -> usize {
     let handover = key.rows() * key.step * dtype.size_in_bytes();
     shared_bytes(dtype, width, 2 * key.rows() + 4 * key.step, 2 * key.warps, key) + handover
@@ -96,17 +96,17 @@ pub(super) fn send_tiles(packing: &Packing, heads: &Heads, dtype: DType, device:
     Ok(())
 }
 
-/// Columns that the kernels make of a head's.
+/// Returns the number of columns that the kernels make of a head's.
 pub(super) fn padded_width(head_width: usize) -> Result<usize> {
     Ok(tilings(DType::F32, head_width)?.width)
 }
 
-/// Rows of a tile of the forward pass.
+/// Returns the number of rows of a tile of the forward pass.
 pub(super) fn forward_rows(dtype: DType, heads: &Heads) -> Result<usize> {
     Ok(tilings(dtype, heads.width)?.forward.rows())
 }
 
-/// The rows of some tiles, as in `Packing::tiles`. The first `skipped` rows of qkv are keys and values only:
+/// Returns the rows of some tiles, as in `Packing::tiles`. The first `skipped` rows of qkv are keys and values only:
 /// results of the next one begin at an element of a matrix [any, H * D or wider]. Returns the logsumexp of all but the
 /// skipped rows.
 pub(super) fn forward_tiles(
@@ -136,7 +136,7 @@ pub(super) fn forward_tiles(
 }
 
 /// Returns whether the forward pass loads the next keys and values while it computes. Two blocks must still fit on a
-/// processor, whose shared memory is what one block may have and a KiB of the driver's for each block. At 128 columns
+/// processor, whose shared memory is the limit of one block plus a KiB of the driver's for each block. At 128 columns
 /// its threads would spill registers.
 fn is_staged(dtype: DType, width: usize, shared: usize, shared_max: usize) -> bool {
     const RESERVED: usize = 1 << 10;
@@ -190,7 +190,7 @@ pub fn backward(
     Ok(d_qkv)
 }
 
-/// The parameters that say how gradients are turned back. Each of a row's runs has a row of the same angles.
+/// Returns the parameters that say how gradients are turned back. Each of a row's runs has a row of the same angles.
 pub(super) fn turn<'a>(launch: Launch<'a>, heads: &Heads, angles: Option<&Angles>) -> Result<Launch<'a>> {
     let Some(Angles { cos, sin }) = angles else {
         return Ok(launch.optional(DType::F32, None).optional(DType::F32, None).int(0).int(0));
@@ -200,7 +200,7 @@ pub(super) fn turn<'a>(launch: Launch<'a>, heads: &Heads, angles: Option<&Angles
     Ok(launch.of(DType::F32, cos).of(DType::F32, sin).int(half).int(runs * half))
 }
 
-/// The parameters that all kernels of attention end with.
+/// Returns the parameters that all kernels of attention end with.
 pub(super) fn shape<'a>(launch: Launch<'a>, heads: &Heads, rows: usize, aligned: bool) -> Launch<'a> {
     assert!(heads.scale > 0.0, "a positive factor keeps the order of scores");
     assert!(heads.query * rows <= u32::MAX as usize, "rows of all heads are counted in 32 bits");

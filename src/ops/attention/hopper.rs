@@ -138,7 +138,7 @@ pub(super) fn send_tiles(packing: &Packing, heads: &Heads, dtype: DType, device:
     gpu::send_tiles(packing, heads, dtype, device)
 }
 
-/// The warning for a check's result: `None` if the kernels may be used.
+/// Returns the warning for a check's result: `None` if the kernels may be used.
 fn judged(width: usize, checked: Result<f64>) -> Option<String> {
     let found = match checked {
         Ok(distance) if distance <= TOLERANCE => return None,
@@ -245,7 +245,7 @@ fn check(device: &Device, width: usize, variant: Variant) -> Result<f64> {
     Ok(greatest)
 }
 
-/// Numbers between -1 and 1 that look random and are always the same.
+/// Returns numbers between -1 and 1 that look random and are always the same.
 fn pattern(rows: usize, columns: usize, device: &Device) -> Result<Tensor> {
     let value = |i: usize| {
         let hash = (i as u32).wrapping_add(columns as u32).wrapping_mul(0x9e37_79b9);
@@ -260,17 +260,18 @@ fn numbers(tensor: &Tensor) -> Result<Vec<f32>> {
     tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
 }
 
-/// Bytes of a warpgroup's own tile, in which results have 16 bytes between their rows.
+/// Returns the number of bytes of a warpgroup's own tile, in which results have 16 bytes between their rows.
 fn own_bytes(width: usize) -> usize {
     64 * (2 * width + 16)
 }
 
-/// Bytes of a block: panels begin at a multiple of 1024, `own` tiles for each warpgroup, and stages of two tiles.
+/// Returns the number of bytes of a block: panels begin at a multiple of 1024, `own` tiles for each warpgroup, and
+/// stages of two tiles.
 fn shared_bytes(width: usize, own: usize, step: usize) -> usize {
     1024 + 2 * own * own_bytes(width) + STAGES * 2 * step * width * 2
 }
 
-/// Columns of a panel.
+/// Returns the number of columns of a panel.
 fn panel(width: usize) -> usize {
     if width.is_multiple_of(64) { 64 } else { 32 }
 }
@@ -314,7 +315,7 @@ fn forward_in(
     Ok((out, lse))
 }
 
-/// `gpu::backward`, by these kernels if they serve.
+/// Does `gpu::backward`, by these kernels if they serve.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn backward(
     d_out: &Tensor,

@@ -15,7 +15,8 @@ pub struct Packing {
     tiles: std::sync::Mutex<std::collections::HashMap<(usize, Order), candle_core::Tensor>>,
 }
 
-/// Which tiles have the most work. They start first, because a late start would leave the other processors waiting.
+/// The order of tiles. Tiles with the most work start first, because a late start would leave the other processors
+/// waiting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Order {
     /// Tiles of query rows. A later row of an example attends to more keys.
@@ -36,8 +37,8 @@ impl Packing {
         }
     }
 
-    /// The same, with lists of tiles on a GPU as long as any packing of as many rows and of up to `examples` examples
-    /// needs.
+    /// Returns the same, with lists of tiles on a GPU as long as any packing of as many rows and of up to `examples`
+    /// examples needs.
     pub fn with_room_for(self, examples: usize) -> Packing {
         assert!(examples >= self.examples.len(), "room for {examples} of {}", self.examples.len());
         Packing {
@@ -47,13 +48,13 @@ impl Packing {
         }
     }
 
-    /// The rows of each example.
+    /// Returns the rows of each example.
     pub fn examples(&self) -> &[Range<usize>] {
         &self.examples
     }
 
-    /// Tiles of `rows` rows counted from the start of their example, those with the most work first: (start of the
-    /// example, end of the example, first row of the tile).
+    /// Returns the tiles of `rows` rows counted from the start of their example, those with the most work first: (start
+    /// of the example, end of the example, first row of the tile).
     pub fn tiles(&self, rows: usize, order: Order) -> Vec<[u32; 3]> {
         let tiles = |example: &Range<usize>| {
             let (from, to) = (example.start as u32, example.end as u32);
@@ -69,7 +70,7 @@ impl Packing {
         tiles
     }
 
-    /// Number of tiles of a list on a device.
+    /// Returns the number of tiles of a list on a device.
     #[cfg(feature = "cuda")]
     pub fn tiles_count(&self, rows: usize) -> usize {
         match self.room {
@@ -78,8 +79,8 @@ impl Packing {
         }
     }
 
-    /// The same tiles on a device, [3 n]; they are copied there on the first call. Tiles that fill the list up are
-    /// zeros.
+    /// Returns the same tiles on a device, [3 n]; they are copied there on the first call. Tiles that fill the list up
+    /// are zeros.
     #[cfg(feature = "cuda")]
     pub fn tiles_on(
         &self,

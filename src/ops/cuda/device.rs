@@ -24,7 +24,7 @@ pub struct Card {
     pub memory_bytes: usize,
 }
 
-/// Number of GPUs that the driver shows; 0 without a driver.
+/// Returns the number of GPUs that the driver shows; 0 without a driver.
 pub fn count() -> usize {
     match result::init().and_then(|()| result::device::get_count()) {
         Ok(count) => count.max(0) as usize,
@@ -116,12 +116,12 @@ pub fn card(number: usize) -> Result<Card> {
     read().map_err(|error| Fault::new(Kind::Device, format!("cuda:{number}: {error}")))
 }
 
-/// Compute capability (major, minor) of an opened device.
+/// Returns the compute capability (major, minor) of an opened device.
 pub fn capability(device: &CudaDevice) -> TensorResult<(i32, i32)> {
     device.cuda_stream().context().compute_capability().w()
 }
 
-/// (bytes of shared memory that a block may ask for, number of processors that run blocks)
+/// Returns (bytes of shared memory that a block may ask for, number of processors that run blocks).
 pub fn block_limits(device: &CudaDevice) -> TensorResult<(usize, usize)> {
     use sys::CUdevice_attribute_enum as Attribute;
     static FIRST: OnceLock<(usize, (usize, usize))> = OnceLock::new();
@@ -144,13 +144,13 @@ pub fn block_limits(device: &CudaDevice) -> TensorResult<(usize, usize)> {
     }
 }
 
-/// (free bytes, all bytes) of an opened device.
+/// Returns (free bytes, all bytes) of an opened device.
 pub fn memory(device: &CudaDevice) -> TensorResult<(usize, usize)> {
     device.cuda_stream().context().bind_to_thread().w()?;
     result::mem_get_info().w()
 }
 
-/// Bytes of the memory pool: (in use now, most in use since `reset_peak`).
+/// Returns bytes of the memory pool: (in use now, most in use since `reset_peak`).
 pub fn pool(device: &CudaDevice) -> TensorResult<(usize, usize)> {
     use sys::CUmemPool_attribute_enum as Attribute;
     let pool = default_pool(device)?;
@@ -163,7 +163,7 @@ pub fn pool(device: &CudaDevice) -> TensorResult<(usize, usize)> {
     Ok((read(Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?, read(Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?))
 }
 
-/// Most bytes that graphs have reserved for their own tensors, beside the pool.
+/// Returns the most bytes that graphs have reserved for their own tensors, beside the pool.
 pub fn graphs_peak(device: &CudaDevice) -> TensorResult<usize> {
     let context = device.cuda_stream().context().clone();
     context.bind_to_thread().w()?;

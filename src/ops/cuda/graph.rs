@@ -1,4 +1,4 @@
-//! Work of a stream, recorded once -> one call that does it again: CUDA graphs, and those that a shape of a step has.
+//! Work of a stream, recorded once -> one call that repeats it: CUDA graphs, one for each shape of a step.
 //!
 //! While a stream is captured nothing runs. Launches are recorded with their arguments, so everything that differs from
 //! step to step lies in memory at a fixed address (`inputs`). Tensors that are made and dropped within the capture are
@@ -26,7 +26,7 @@ pub struct Graph {
     bytes: u64,
     /// The workspace of the graph's products by cublasLt.
     workspace: u64,
-    /// The switches of its time that decide how kernels begin.
+    /// The switches at the time of the recording that decide how kernels begin.
     beginnings: [bool; 2],
     /// The tensors that it uses beside its own.
     #[cfg_attr(not(test), expect(dead_code, reason = "held, so that their memory stays"))]
@@ -46,11 +46,11 @@ thread_local! {
 
 /// The source of the tensors that this thread makes and writes.
 enum Memory {
-    /// Each is made anew.
+    /// Each is new.
     Own,
-    /// The same, and they stay for the recording that follows, if all together have at most so many bytes.
+    /// Each is new. All of them stay for the recording that follows, if they have at most `bytes_max` bytes together.
     Stays { tensors: Vec<Tensor>, bytes: u64, bytes_max: u64 },
-    /// They are those that stayed, in the same order.
+    /// Each is the next one of those that stayed, in the same order.
     Stayed(std::vec::IntoIter<Tensor>),
 }
 
@@ -94,16 +94,16 @@ fn done_with(bytes_max: u64, work: impl Fn() -> Result<()>) -> Result<Option<Vec
     })
 }
 
-/// Held while a stream is captured, and by other threads that ask something of it.
+/// Held while a stream is captured, and by other threads that use it.
 static STREAM: Mutex<()> = Mutex::new(());
 
-/// Keeps other threads from capturing the stream. Whoever uses the stream of a thread that captures holds this
-/// meanwhile, since what it asks would become part of the graph.
+/// Keeps other threads from capturing the stream. A thread that uses the stream of a capturing thread holds this
+/// meanwhile, since its calls would become part of the graph.
 pub fn apart() -> MutexGuard<'static, ()> {
     STREAM.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Returns whether what this thread asks of the device is recorded and not done.
+/// Returns whether this thread's calls to the device are recorded instead of executed.
 pub fn is_capturing() -> bool {
     CAPTURING.get()
 }
@@ -113,15 +113,16 @@ pub(super) fn may_begin_early() -> bool {
     Change::Early.is_on() && (EARLY.get() || !is_capturing())
 }
 
-/// The switches that decide how kernels begin: early or not, and whether they ask for memory ahead.
+/// Returns the switches that decide how kernels begin: early or not, and whether they ask for memory ahead.
 fn beginnings() -> [bool; 2] {
     [Change::Early, Change::Ahead].map(Change::is_on)
 }
 
-/// Records what `work` asks of the device. Every tensor that it makes is dropped when it returns.
+/// Records the calls of `work` to the device. Every tensor that it makes is dropped when it returns.
 ///
 /// # Errors
-/// Those of `work`, and what the driver does not allow in a graph. Then nothing was done, and the device is as before.
+/// The errors of `work`, and calls that the driver does not allow in a graph. Then nothing was done, and the device is
+/// as before.
 pub fn capture(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
     let _apart = apart();
     let stream = device.cuda_stream();
@@ -136,15 +137,15 @@ pub fn capture(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result
     done?;
     let Some(graph) = graph.w()? else { bail!("the driver recorded nothing") };
     of_tensors.w()?;
-    // The graph takes its memory now, where a lack of it is no failure of a step.
+    // The graph takes its memory now, since a lack of memory here does not fail a step.
     graph.upload().w()?;
     let bytes = free.saturating_sub(super::device::memory(device)?.0) as u64;
     let (workspace, beginnings) = (super::lt::workspace(), beginnings());
     Ok(Graph { graph, bytes, workspace, beginnings, kept: Vec::new() })
 }
 
-/// `capture` with the tensors that the step before it made, if it left them. A driver that refuses kernels that begin
-/// early is asked for a graph of plain ones, which costs only the time between them; `early` is false then.
+/// Does `capture` with the tensors of the step before it, if that step left them. A driver that refuses kernels that
+/// begin early is asked for a graph of plain ones, which costs only the time between them; `early` is false then.
 fn captured(
     early: &mut bool,
     device: &CudaDevice,
@@ -189,7 +190,8 @@ impl Graph {
     }
 }
 
-/// Graphs by what they were recorded for: a shape gets one at its second use, and those used longest ago give way.
+/// Graphs by the shape for which they were recorded. A shape gets one at its second use; the least recently used are
+/// dropped.
 pub struct Graphs<K> {
     known: HashMap<K, Known>,
     clock: u64,
@@ -213,19 +215,19 @@ const GRAPHS_MAX: usize = 64;
 const SHAPES_MAX: usize = 1024;
 
 impl<K: Clone + Eq + Hash> Graphs<K> {
-    /// No graph. They keep to so many bytes.
+    /// Returns an empty set of graphs, which will take at most `bytes_max` bytes.
     pub fn new(bytes_max: u64) -> Graphs<K> {
         Graphs { known: HashMap::new(), clock: 0, bytes_max, kept_max: 0, early: true, refusal: None }
     }
 
-    /// The same, for steps that leave their tensors to the recording if these have at most so many bytes. Such a step
-    /// is done launch by launch twice: the second time makes the tensors.
+    /// Returns the same, for steps that leave their tensors to the recording if these have at most so many bytes. Such
+    /// a step is done launch by launch twice: the second time makes the tensors.
     pub fn of_kernels(self, kept_max: u64) -> Graphs<K> {
         Graphs { kept_max, ..self }
     }
 
-    /// Does `work`, whose launches depend on `key` alone: by itself at the first time, by its graph later. If the
-    /// driver refuses the graph, no further one is tried.
+    /// Does `work`, whose launches depend on `key` alone: directly the first time, by its graph later. If the driver
+    /// refuses the graph, no further one is tried.
     pub fn run(&mut self, key: &K, device: &CudaDevice, work: impl Fn() -> Result<()>) -> Result<()> {
         self.clock += 1;
         let clock = self.clock;
@@ -267,7 +269,7 @@ impl<K: Clone + Eq + Hash> Graphs<K> {
         self.refusal.as_deref()
     }
 
-    /// Number of graphs, and bytes of device memory that they took.
+    /// Returns the number of graphs, and bytes of device memory that they took.
     pub fn size(&self) -> (usize, u64) {
         let graphs = self.known.values().filter_map(|known| known.graph.as_ref());
         graphs.fold((0, 0), |(count, bytes), graph| (count + 1, bytes + graph.bytes))
@@ -317,7 +319,7 @@ mod tests {
     use crate::ops::{judge, rows, unwritten};
     use candle_core::{DType, Device, Tensor};
 
-    /// A GPU with a stream that no other test uses: what those ask for would be recorded too.
+    /// Opens a GPU with a stream that no other test uses, because calls of other tests would be recorded too.
     fn own_gpu() -> Option<Device> {
         judge::gpu().map(|_| super::super::device::open(0).expect("it opened before"))
     }
@@ -326,7 +328,7 @@ mod tests {
         tensor.to_vec1::<f32>()
     }
 
-    /// The sum is added again by each launch, from what the memory holds then.
+    /// Each launch adds the sum again, from the memory's content at that time.
     #[test]
     fn a_graph_does_again_what_was_recorded_and_the_capture_did_nothing() -> Result<()> {
         let Some(device) = own_gpu() else { return Ok(()) };
@@ -368,7 +370,8 @@ mod tests {
         Ok(())
     }
 
-    /// The second use makes the tensors, the third one launches. What has too many bytes stays the graph's.
+    /// The second use makes the tensors, the third one launches. Tensors with too many bytes stay in the graph's own
+    /// memory.
     #[test]
     fn a_recording_uses_the_tensors_of_the_step_before_it() -> Result<()> {
         let Some(device) = own_gpu() else { return Ok(()) };

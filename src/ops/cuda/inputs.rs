@@ -13,7 +13,7 @@ use half::bf16;
 
 use super::pinned::Pinned;
 
-/// Every upload begins at a multiple of so many bytes, which is more than kernels ask for.
+/// Every upload begins at a multiple of so many bytes, which is more than kernels need.
 const ALIGNMENT: usize = 64;
 
 /// Lengths of a step's uploads, and numbers that its launches depend on besides.
@@ -55,13 +55,15 @@ thread_local! {
 }
 
 impl Inputs {
-    /// Room for so many bytes of numbers, of f32 values, of activations in `dtype`, and of f64 values.
+    /// Returns inputs with room for so many bytes of numbers, of f32 values, of activations in `dtype`, and of f64
+    /// values.
     pub fn new(device: &Device, dtype: DType, bytes: [usize; 4]) -> Result<Inputs> {
         let types = [DType::U32, DType::F32, dtype, DType::F64];
         Inputs::of(device, &types.into_iter().zip(bytes).collect::<Vec<_>>(), 1)
     }
 
-    /// Room for so many bytes of each type; the first room of a type counts. So many page-locked memories take turns.
+    /// Returns inputs with room for so many bytes of each type; the first entry of a type counts. `turns` page-locked
+    /// memories take turns.
     pub fn of(device: &Device, bytes: &[(DType, usize)], turns: usize) -> Result<Inputs> {
         let mut parts: Vec<Part> = Vec::new();
         let cuda = device.as_cuda_device()?;
@@ -96,21 +98,21 @@ impl Inputs {
         }
     }
 
-    /// Bytes of room for each type, with twice as much where the last `fill` found none.
+    /// Returns the bytes of each type, doubled for the type for which the last `fill` found no room.
     pub fn larger(&self) -> Vec<(DType, usize)> {
         let bytes = |part: &Part| part.memory.elem_count() * part.memory.dtype().size_in_bytes();
         let factor = |part: &Part| if Some(part.memory.dtype()) == self.full { 2 } else { 1 };
         self.parts.iter().map(|part| (part.memory.dtype(), factor(part) * bytes(part))).collect()
     }
 
-    /// Queues the copies of what the last `fill` took.
+    /// Queues the copies of the values that the last `fill` took.
     pub fn send(&self) -> Result<()> {
         let stream = self.device.as_cuda_device()?.cuda_stream();
         stream.context().bind_to_thread().w()?;
         for part in self.parts.iter().filter(|part| part.used > 0) {
             let bytes = part.used * part.memory.dtype().size_in_bytes();
-            // SAFETY: both memories hold so many bytes and live as long as this value. Who fills them again has
-            // waited for the copies, and pinned memory is freed behind all work of the stream.
+            // SAFETY: both memories hold so many bytes and live as long as this value. A caller that fills them again
+            // has waited for the copies, and pinned memory is freed behind all work of the stream.
             unsafe {
                 let from = std::slice::from_raw_parts(part.hosts[self.turn].at(0), bytes);
                 result::memcpy_htod_async(super::address(&part.memory, 0)?, from, stream.cu_stream())
@@ -120,7 +122,7 @@ impl Inputs {
         Ok(())
     }
 
-    /// The same outside of a graph. A later `fill` waits for these copies if it needs their page-locked memory.
+    /// Does the same outside of a graph. A later `fill` waits for these copies if it needs their page-locked memory.
     pub fn send_apart(&mut self) -> Result<()> {
         self.send()?;
         let stream = self.device.as_cuda_device()?.cuda_stream();
@@ -138,7 +140,7 @@ impl Drop for Inputs {
     }
 }
 
-/// A number that launches depend on and that no upload shows becomes part of the shape.
+/// Makes a number part of the shape, because launches depend on it and no upload shows it.
 pub fn depends_on(number: usize) {
     FILLING.with_borrow_mut(|filling| {
         if let Some(filling) = filling {
@@ -147,7 +149,7 @@ pub fn depends_on(number: usize) {
     });
 }
 
-/// The place of these values, if this thread fills inputs.
+/// Returns the place of these values, if this thread fills inputs.
 pub(super) fn place<T: WithDType>(values: &[T]) -> Option<Result<Tensor>> {
     FILLING.with_borrow_mut(|filling| filling.as_mut().map(|filling| filling.place(values)))
 }

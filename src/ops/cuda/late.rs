@@ -70,12 +70,12 @@ pub struct Words {
 }
 
 impl Words {
-    /// Places for so many.
+    /// Returns places for `count` numbers.
     pub fn new(device: &CudaDevice, count: usize) -> Result<Words> {
         Ok(Words { memory: Pinned::on(device, 4 * count.max(1))? })
     }
 
-    /// Queues the copy of a tensor of such numbers to the first places. Who reads them waits for the device first.
+    /// Queues the copy of a tensor of such numbers to the first places. A reader must wait for the device first.
     pub fn send(&self, tensor: &Tensor) -> Result<()> {
         let bytes = 4 * tensor.elem_count();
         if tensor.dtype() != DType::U32 || bytes > self.memory.bytes() {
@@ -92,7 +92,7 @@ impl Words {
         .w()
     }
 
-    /// The first so many. The device has been awaited since they were sent.
+    /// Returns the first `count` numbers. The device must have been awaited since they were sent.
     pub fn read(&self, count: usize) -> Vec<u32> {
         assert!(4 * count <= self.memory.bytes(), "{count} numbers");
         // SAFETY: the memory holds so many, and any bits are numbers.

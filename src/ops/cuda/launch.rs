@@ -27,8 +27,9 @@
 //! No kernel here reads what another block of its own grid writes, is launched as a cluster, or needs all of its blocks
 //! at once, so blocks that wait hold up nobody: the next kernel is let in when all blocks of this one are running.
 //!
-//! The wait orders what the memory model of PTX orders. Loads by the read-only cache (`__ldg`, `__restrict__`) are not
-//! among that, so kernels have none; tests/structure.rs reads them for that, and for the call at their beginning.
+//! The wait orders the accesses that the memory model of PTX orders. Loads by the read-only cache (`__ldg`,
+//! `__restrict__`) are not among that, so kernels have none; tests/structure.rs reads them for that, and for the call
+//! at their beginning.
 //!
 //! A kernel may ask the L2 cache for memory before it waits, if no kernel writes that memory (`Launch::ahead`). That is
 //! no read of the program's: all accesses of the device go through this cache, so a load behind the wait finds what was
@@ -92,7 +93,7 @@ struct Function {
     context: usize,
     function: CudaFunction,
     sizes: Option<Vec<usize>>,
-    /// It waits for the kernels before it, so it may begin before they end.
+    /// Whether the function waits for the kernels before it, so that it may begin before they end.
     waits: bool,
     /// Bytes of shared memory that a block may take.
     shared_bytes: AtomicUsize,
@@ -108,7 +109,7 @@ impl std::fmt::Display for Function {
 const SHARED_BYTES: usize = 48 << 10;
 
 impl<'a> Launch<'a> {
-    /// The kernel `{stem}_{name}_{f32|bf16}` of `kernels/{stem}.cu`, on the device and in the storage type of
+    /// Returns the kernel `{stem}_{name}_{f32|bf16}` of `kernels/{stem}.cu`, on the device and in the storage type of
     /// `tensor`.
     pub fn new(tensor: &'a Tensor, stem: &str, name: &str) -> Result<Launch<'a>> {
         let suffix = match tensor.dtype() {
@@ -119,7 +120,7 @@ impl<'a> Launch<'a> {
         Ok(Launch::named(super::device(tensor)?, stem, name, suffix, tensor.dtype()))
     }
 
-    /// The kernel `{stem}_{name}`, which has one version for all activation types.
+    /// Returns the kernel `{stem}_{name}`, which has one version for all activation types.
     pub fn untyped(device: &'a CudaDevice, stem: &str, name: &str) -> Launch<'a> {
         Launch::named(device, stem, name, "", DType::F32)
     }
@@ -402,7 +403,7 @@ fn load(device: &CudaDevice, stem: &str, name: &str, suffix: &'static str) -> Re
     Ok(function)
 }
 
-/// The attribute of a launch that may begin while the kernel before it ends.
+/// Returns the attribute of a launch that may begin while the kernel before it ends.
 fn begin_early() -> sys::CUlaunchAttribute {
     sys::CUlaunchAttribute {
         id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,

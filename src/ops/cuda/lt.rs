@@ -25,7 +25,7 @@ const ALIGNMENT_MAX: u32 = 256;
 pub(super) struct Shape {
     /// m, n, k.
     pub mnk: [usize; 3],
-    /// Whether a and b are transposes of what is stored.
+    /// Whether a and b are transposes of the stored matrices.
     pub transposed: [bool; 2],
     /// Elements from a row to the next in memory, of a, b, c and d.
     pub strides: [usize; 4],
@@ -37,7 +37,7 @@ pub(super) struct Shape {
     alignments: [u32; 4],
 }
 
-/// How matrices in E4M3 are multiplied.
+/// The form of a product of matrices in E4M3.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct EightBits {
     /// Whether the result is scaled by a number for each row of a and one for each column of b.
@@ -47,7 +47,7 @@ pub(super) struct EightBits {
 }
 
 impl Shape {
-    /// `alignments` follow from the addresses of a, b, c and d.
+    /// Returns a shape. Its `alignments` follow from the addresses of a, b, c and d.
     pub fn new(
         mnk: [usize; 3],
         transposed: [bool; 2],
@@ -83,7 +83,8 @@ struct Chosen {
 
 static LIBRARY: Mutex<Option<Library>> = Mutex::new(None);
 
-/// Address of the memory that algorithms work in; 0: none does. A graph has it in its products.
+/// Returns the address of the memory that algorithms work in; 0: there is none. The products of a graph hold this
+/// address.
 pub(super) fn workspace() -> u64 {
     let library = LIBRARY.lock().unwrap_or_else(PoisonError::into_inner);
     let memory = library.as_ref().and_then(|library| library.workspace.as_ref());
@@ -162,7 +163,7 @@ fn failed(shape: &Shape, error: CublasError) -> candle_core::Error {
 }
 
 impl Library {
-    /// The library for this context. A second context begins anew.
+    /// Returns the library for this context. A second context begins again.
     fn of(place: &mut Option<Library>, context: usize) -> std::result::Result<&mut Library, CublasError> {
         if place.as_ref().is_none_or(|library| library.context != context) {
             let handle = result::create_handle()?;
@@ -171,7 +172,7 @@ impl Library {
         Ok(place.as_mut().expect("it was just made"))
     }
 
-    /// The algorithm for a shape and the memory that it may work in; `None` if there is no algorithm.
+    /// Returns the algorithm for a shape and the memory that it may work in; `None` if there is no algorithm.
     fn choose(
         &mut self,
         shape: &Shape,
@@ -203,7 +204,7 @@ impl Library {
 }
 
 impl Chosen {
-    /// The library's first choice.
+    /// Returns the library's first choice.
     fn of(
         handle: sys::cublasLtHandle_t,
         shape: &Shape,

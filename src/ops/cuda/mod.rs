@@ -23,7 +23,7 @@ use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Result, Storage, Tensor, WithDType, bail};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The CUDA device that a tensor lies on. A tensor elsewhere is an error.
+/// Returns the CUDA device that a tensor lies on. A tensor elsewhere is an error.
 pub fn device(tensor: &Tensor) -> Result<&CudaDevice> {
     match tensor.device() {
         Device::Cuda(device) => Ok(device),
@@ -31,8 +31,8 @@ pub fn device(tensor: &Tensor) -> Result<&CudaDevice> {
     }
 }
 
-/// The address of element `at` of a contiguous tensor. It stays valid as long as the tensor: memory is freed in the
-/// order of the stream, after every launch queued before.
+/// Returns the address of element `at` of a contiguous tensor. It stays valid as long as the tensor: memory is freed in
+/// the order of the stream, after every launch queued before.
 pub fn address(tensor: &Tensor, at: usize) -> Result<u64> {
     let (storage, layout) = tensor.storage_and_layout();
     let Some((from, to)) = layout.contiguous_offsets() else { bail!("expected a contiguous tensor") };
@@ -80,7 +80,7 @@ pub fn upload<T: WithDType>(values: &[T], device: &Device) -> Result<Tensor> {
     inputs::place(values).unwrap_or_else(|| upload_apart(values, device))
 }
 
-/// The same, always as a tensor of its own: for what outlives a step.
+/// Returns the same, always as a tensor of its own, for values that outlive a step.
 pub fn upload_apart<T: WithDType>(values: &[T], device: &Device) -> Result<Tensor> {
     Tensor::from_slice(values, values.len(), device)
 }
@@ -95,7 +95,7 @@ pub fn synchronize(device: &CudaDevice) -> Result<()> {
     device.cuda_stream().synchronize().w()
 }
 
-/// Launches and products queued since the program began.
+/// Returns the number of launches and products queued since the program began.
 pub fn launches() -> u64 {
     LAUNCHES.load(Ordering::Relaxed)
 }
@@ -106,7 +106,7 @@ fn count_launch() {
     LAUNCHES.fetch_add(1, Ordering::Relaxed);
 }
 
-/// The suffix of a kernel's name for a storage type.
+/// Returns the suffix of a kernel's name for a storage type.
 pub fn suffix(dtype: DType) -> Result<&'static str> {
     match dtype {
         DType::F32 => Ok("f32"),

@@ -14,7 +14,7 @@ pub struct Pinned {
 
 // SAFETY: the memory belongs to this value alone, and nothing in it depends on the thread that asked for it.
 unsafe impl Send for Pinned {}
-// SAFETY: shared references give an address only; who reads or writes through it waits for the device first.
+// SAFETY: shared references give an address only; a caller that reads or writes through it waits for the device first.
 unsafe impl Sync for Pinned {}
 
 impl Pinned {
@@ -25,18 +25,18 @@ impl Pinned {
         Ok(Pinned { memory, bytes })
     }
 
-    /// The same, for copies with this device.
+    /// Returns the same, for copies with this device.
     pub fn on(device: &CudaDevice, bytes: usize) -> Result<Pinned> {
         device.cuda_stream().context().bind_to_thread().w()?;
         Pinned::new(bytes)
     }
 
-    /// Number of bytes.
+    /// Returns the number of bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// The address of byte `at`. The first is aligned to a page.
+    /// Returns the address of byte `at`. The first is aligned to a page.
     pub fn at(&self, at: usize) -> *mut u8 {
         self.memory.cast::<u8>().wrapping_add(at)
     }

@@ -23,12 +23,12 @@ pub struct Matrix<'a> {
 }
 
 impl<'a> Matrix<'a> {
-    /// A matrix stored row by row from element `at` on.
+    /// Returns a matrix stored row by row from element `at` on.
     pub fn rows(tensor: &'a Tensor, at: usize, stride: usize) -> Matrix<'a> {
         Matrix { tensor, at, stride, transposed: false }
     }
 
-    /// The transpose of this matrix.
+    /// Returns the transpose of this matrix.
     pub fn transposed(self) -> Matrix<'a> {
         Matrix { transposed: !self.transposed, ..self }
     }
@@ -64,7 +64,7 @@ pub fn product_onto(mnk: [usize; 3], alpha: f64, a: Matrix, b: Matrix, c: Matrix
 /// A matrix in E4M3, row by row, and perhaps a scale for each row.
 #[derive(Clone, Copy)]
 pub struct Codes<'a> {
-    /// Its bits, u8 [rows, k].
+    /// The bits of the codes, u8 [rows, k].
     pub bits: &'a Tensor,
     /// f32 `[rows]`. Without them the sums are those of the bare numbers.
     pub scales: Option<&'a Tensor>,
@@ -158,7 +158,7 @@ fn lt_product(
     Ok(done)
 }
 
-/// `product` by cuBLAS, which chooses an algorithm anew in each call.
+/// Does `product` by cuBLAS, which chooses an algorithm again in each call.
 fn blas_product([m, n, k]: [usize; 3], alpha: f64, a: Matrix, b: Matrix, beta: f64, c: Matrix) -> Result<()> {
     let (input, output) = (data_type(a.tensor)?, data_type(c.tensor)?);
     let (alpha, beta) = (alpha as f32, beta as f32);

@@ -2,8 +2,7 @@
 //! ranks, and tensors are copied to page-locked memory. The ranks' sums run there too.
 //!
 //! Events order it with the device's own stream. A copy begins when all work queued before it is done, since that work
-//! may still use the memory. Work that depends on a copy, or that writes or frees what it reads, is queued behind
-//! `wait`.
+//! may still use the memory. Work that depends on a copy, or that writes or frees its source, is queued behind `wait`.
 
 use std::sync::Arc;
 
@@ -24,7 +23,7 @@ pub struct Side {
 }
 
 impl Side {
-    /// A stream beside that of the device, for copies of `numbers` numbers.
+    /// Returns a stream beside that of the device, for copies of `numbers` numbers.
     pub fn new(device: &CudaDevice, numbers: usize) -> Result<Side> {
         let compute = device.cuda_stream();
         let context = compute.context().clone();
@@ -67,7 +66,8 @@ impl Side {
         self.copies.synchronize().w()
     }
 
-    /// The stream, for work on a buffer that begins behind all work queued so far. `end` says which buffer it fills.
+    /// Returns the stream, for work on a buffer that begins behind all work queued so far. `end` says which buffer it
+    /// fills.
     pub fn begin(&self) -> Result<sys::CUstream> {
         if !omitted(Omitted::Free) {
             self.free.record(&self.compute).w()?;
@@ -76,22 +76,22 @@ impl Side {
         Ok(self.copies.cu_stream())
     }
 
-    /// The work that was queued since `begin` is the copy of number `number`.
+    /// Ends the copy of number `number`, which is the work that was queued since `begin`.
     pub fn end(&self, number: usize) -> Result<()> {
         self.done[number].record(&self.copies).w()
     }
 
-    /// An event behind all work that was queued on the second stream so far.
+    /// Returns an event behind all work that was queued on the second stream so far.
     pub fn mark(&self) -> Result<CudaEvent> {
         self.copies.record_event(None).w()
     }
 
-    /// Work queued from here on begins after the last copy to buffer `number`.
+    /// Makes work queued from here on begin after the last copy to buffer `number`.
     pub fn wait(&self, number: usize) -> Result<()> {
         self.wait_unless(number, Omitted::Filled)
     }
 
-    /// Work queued from here on begins after the last copy from tensor `number`, which it may change or free.
+    /// Makes work queued from here on begin after the last copy from tensor `number`, which it may change or free.
     pub fn wait_taken(&self, number: usize) -> Result<()> {
         self.wait_unless(number, Omitted::Taken)
     }

@@ -13,8 +13,8 @@ impl TensorMap {
     /// Bytes of the parameter.
     pub const BYTES: usize = 128;
 
-    /// The map of a contiguous bf16 matrix, for boxes of `rows` rows and `columns` columns. A box's row of 64 or 128
-    /// bytes is one span of the swizzle.
+    /// Returns the map of a contiguous bf16 matrix, for boxes of `rows` rows and `columns` columns. A box's row of 64
+    /// or 128 bytes is one span of the swizzle.
     ///
     /// # Errors
     /// Another type, a box of another width, or a matrix whose rows are no multiples of 16 bytes.

@@ -132,7 +132,7 @@ fn look_up(table: Row, bytes: __m128i) -> Row {
     )
 }
 
-/// `Rounding::apply` on eight values.
+/// Does `Rounding::apply` on eight values.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
 pub(super) fn rounded(values: __m256, rounding: Rounding) -> __m256 {

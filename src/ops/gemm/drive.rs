@@ -52,12 +52,12 @@ pub struct Span {
 }
 
 impl Span {
-    /// Number of panels.
+    /// Returns the number of panels.
     pub fn panels(self) -> usize {
         self.lanes.div_ceil(LANES)
     }
 
-    /// The part that becomes panel `index`.
+    /// Returns the part that becomes panel `index`.
     pub fn panel(self, index: usize) -> Span {
         let lane = index * LANES;
         Span { lane: self.lane + lane, lanes: LANES.min(self.lanes - lane), ..self }

@@ -46,13 +46,13 @@ impl FourBitView<'_> {
         assert!(self.absmax.len() >= count.div_ceil(self.block), "{} scales for {count}", self.absmax.len());
     }
 
-    /// The 16 values that a block can hold.
+    /// Returns the 16 values that a block can hold.
     fn table(&self, block: usize) -> [f32; 16] {
         let scale = self.absmax[block];
         self.code.map(|code| self.rounding.apply(code * scale))
     }
 
-    /// Values of the flat elements `start..start + out.len()`.
+    /// Reads the values of the flat elements `start..start + out.len()`.
     pub(super) fn read(&self, start: usize, out: &mut [f32]) {
         let mut at = start;
         let mut rest = out;

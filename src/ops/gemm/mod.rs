@@ -72,22 +72,22 @@ pub enum Matrix<'a> {
 }
 
 impl<'a> Matrix<'a> {
-    /// A dense row-major matrix [rows, cols] in f32.
+    /// Returns a dense row-major matrix [rows, cols] in f32.
     pub fn f32(data: &'a [f32], rows: usize, cols: usize) -> Self {
         Matrix::F32 { data, rows, cols, row_stride: cols, col_stride: 1 }
     }
 
-    /// A dense row-major matrix [rows, cols] in bf16.
+    /// Returns a dense row-major matrix [rows, cols] in bf16.
     pub fn bf16(data: &'a [bf16], rows: usize, cols: usize) -> Self {
         Matrix::Bf16 { data, rows, cols, row_stride: cols, col_stride: 1 }
     }
 
-    /// A 4-bit weight [rows, cols].
+    /// Returns a 4-bit weight [rows, cols].
     pub fn four_bit(weight: FourBitView<'a>) -> Self {
         Matrix::FourBit { weight, transposed: false }
     }
 
-    /// The transpose of this matrix over the same memory.
+    /// Returns the transpose of this matrix over the same memory.
     pub fn t(self) -> Self {
         match self {
             Matrix::F32 { data, rows, cols, row_stride, col_stride } => {
@@ -171,8 +171,8 @@ pub fn gemm_serial(
     product(kernel(precision), 1, [m, n, k], alpha, a, b, beta, c, c_row_stride, precision);
 }
 
-/// The name of the kernel that multiplies on this machine, for the log: "amx", "avx512-bf16", "avx512", "avx2" or
-/// "portable".
+/// Returns the name of the kernel that multiplies on this machine, for the log: "amx", "avx512-bf16", "avx512", "avx2"
+/// or "portable".
 pub fn kernel_name(precision: Precision) -> &'static str {
     kernel(precision.beside()).name
 }
@@ -210,7 +210,7 @@ fn product(
 /// Name of a kernel that benchmarks run instead of the fastest one, so that a machine also measures for older ones.
 const KERNEL_VARIABLE: &str = "HONE_BENCH_GEMM";
 
-/// The fastest kernel of this machine, chosen once.
+/// Returns the fastest kernel of this machine, chosen once.
 fn kernel(precision: Precision) -> &'static drive::Kernel {
     static CHOSEN: [OnceLock<&'static drive::Kernel>; 2] = [OnceLock::new(), OnceLock::new()];
     CHOSEN[precision as usize].get_or_init(|| {
@@ -221,7 +221,7 @@ fn kernel(precision: Precision) -> &'static drive::Kernel {
     })
 }
 
-/// Every kernel that this machine can run at this precision, fastest first.
+/// Returns every kernel that this machine can run at this precision, fastest first.
 fn kernels(precision: Precision) -> Vec<&'static drive::Kernel> {
     let mut found: Vec<&'static drive::Kernel> = Vec::new();
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]

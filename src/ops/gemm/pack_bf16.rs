@@ -73,7 +73,8 @@ impl Layout {
         }
     }
 
-    /// A register is a row of a tile. Goes lane after lane, because the hardware prefetches a few long runs best.
+    /// Fills a panel lane after lane, because the hardware prefetches a few long runs best. A register is a row of a
+    /// tile.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
     unsafe fn fill_lanes<const P: usize>(&self, runs: &impl Runs, out: *mut __m512i) {
@@ -97,7 +98,8 @@ impl Layout {
         }
     }
 
-    /// Two interleaved depths are a row of two tiles. The inner loop goes panel after panel, along memory.
+    /// Fills a panel in which two interleaved depths are a row of two tiles. The inner loop goes panel after panel,
+    /// along memory.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
     unsafe fn fill_pairs<const P: usize>(&self, runs: &impl Runs, out: *mut __m512i) {
@@ -196,7 +198,7 @@ impl Layout {
         (self.span.start + step * STEP, STEP.min(self.span.depth - step * STEP))
     }
 
-    /// The destination of a row of a tile.
+    /// Returns the destination of a row of a tile.
     #[inline(always)]
     fn row<const P: usize>(
         &self,
@@ -211,7 +213,7 @@ impl Layout {
     }
 }
 
-/// Word indices that pair the elements `first..first + 16` of two registers.
+/// Returns word indices that pair the elements `first..first + 16` of two registers.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn interleave(first: i16) -> __m512i {
@@ -341,7 +343,7 @@ impl Runs for Codes<'_> {
     }
 }
 
-/// `Rounding::apply` on 16 values.
+/// Does `Rounding::apply` on 16 values.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub fn round(values: __m512, rounding: Rounding) -> __m512 {

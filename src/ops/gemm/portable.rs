@@ -29,7 +29,7 @@ unsafe fn store(sums: *const f32, rows: usize, cols: usize, c: Target) {
 /// Multiplies 32 rows as 5 x 6 + 2: 12 sums of 8 lanes, two registers of `b` and one of `a` fill AVX2's 16 registers.
 ///
 /// # Safety
-/// The panels and sums of `job` hold what it says; with `FUSED` the machine has fused products.
+/// The panels and sums of `job` have the lengths that it names; with `FUSED` the machine has fused products.
 #[inline(always)]
 pub(super) unsafe fn block<const FUSED: bool>(job: Multiply) {
     // SAFETY: guaranteed by the caller.

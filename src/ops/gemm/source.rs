@@ -56,7 +56,7 @@ impl<'a> Source<'a> {
         Source { elements, along_depth: along_rows == (side == Side::A) }
     }
 
-    /// Number of bf16 summands that represent an element exactly.
+    /// Returns the number of bf16 summands that represent an element exactly.
     pub fn planes(&self, precision: Precision) -> usize {
         match (precision, self.elements) {
             (Precision::Bf16, _) | (_, Elements::Bf16 { .. }) => 1,

@@ -11,7 +11,7 @@ impl Numbers {
         self.bits() as f32 / (1u64 << 23) as f32 - 1.0
     }
 
-    /// 24 bits.
+    /// Returns the next 24 bits.
     fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         self.0 >> 40
@@ -151,7 +151,7 @@ impl Stored {
         }
     }
 
-    /// Row-major values.
+    /// Returns the values in row-major order.
     fn values(&self, rows: usize, cols: usize) -> Vec<f32> {
         let dense = match self {
             Stored::FourBit { weight, .. } => weight.values(),
@@ -177,7 +177,7 @@ struct Case {
     beta: f32,
 }
 
-/// `c` by the definition, and the sum of the products' magnitudes, in f64.
+/// Returns `c` by the definition, and the sum of the products' magnitudes, in f64.
 fn judge(case: &Case, a: &[f32], b: &[f32], c: &[f32], precision: Precision) -> Vec<(f64, f64)> {
     let [m, n, k] = case.shape;
     let round = |x: f32| match precision {
@@ -364,7 +364,7 @@ fn a_view_past_its_data_is_refused() {
     );
 }
 
-/// Weights of every stored form, with depths that fill registers and that do not.
+/// Returns weights of every stored form, with depths that fill registers and that do not.
 fn few_weights(depth: usize, numbers: &mut Numbers) -> Vec<(Stored, usize)> {
     let forms = [
         (Form::Rows, 40),

@@ -1,11 +1,11 @@
 //! Addresses of object stores -> signed requests for objects, and lists of objects. A scheme is one file here and
 //! one line in `SCHEMES`.
 //!
-//! The crate `object_store` handles credentials and signatures. It is asked for an object as usual, but the request
-//! that it would send is caught and sent by `http`, so that attempts, resuming, verification and the cache are the
-//! same as for every other download. Its own requests (lists, tokens) use a separate client. Only there may an
-//! address be link-local, because clouds answer there for the identity of a pod or machine. No address that a user
-//! writes as a source ever reaches that client.
+//! The crate `object_store` handles credentials and signatures. It builds the request for an object as usual, but the
+//! request is caught and sent by `http`, so that attempts, resuming, verification and the cache are the same as for
+//! every other download. Its own requests (lists, tokens) use a separate client. Only there may an address be
+//! link-local, because clouds answer there for the identity of a pod or machine. No address that a user writes as a
+//! source ever reaches that client.
 
 mod az;
 mod gs;
@@ -53,7 +53,7 @@ pub(super) struct Scheme {
     open: fn(bucket: &str, Caught) -> object_store::Result<Arc<dyn ObjectStore>>,
 }
 
-/// The scheme of an address, if it is an object store's.
+/// Returns the scheme of an address, if it is an object store's.
 pub(super) fn of(url: &Url) -> Option<&'static Scheme> {
     SCHEMES.into_iter().find(|scheme| scheme.name == url.scheme())
 }
@@ -66,9 +66,9 @@ pub(super) fn is_known(name: &str) -> bool {
 /// An entry of a list of objects.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Object {
-    /// Its address.
+    /// The object's address.
     pub url: Url,
-    /// Its key below the address that was listed.
+    /// The object's key below the address that was listed.
     pub name: String,
     /// Length.
     pub bytes: u64,
@@ -97,7 +97,7 @@ impl Stores {
         Ok(Stores { client, open: RefCell::default() })
     }
 
-    /// Returns the signed URL of an object and the headers to send: for all of it, or for what is missing of a
+    /// Returns the signed URL of an object and the headers to send: for all of it, or for the missing part of a
     /// version.
     ///
     /// # Errors
@@ -134,7 +134,7 @@ impl Stores {
         Ok((address, headers))
     }
 
-    /// Every object below an address, sorted by key.
+    /// Returns every object below an address, sorted by key.
     pub async fn list(&self, url: &Url) -> Result<Vec<Object>> {
         let prefix = key(url)?;
         let store = self.store(url)?;
@@ -277,7 +277,7 @@ fn key(url: &Url) -> Result<Path> {
         .map_err(|error| Fault::config(format!("{url}: not the name of an object: {error}")))
 }
 
-/// A key as the path of a URL. Characters that would begin a query or a fragment are escaped.
+/// Returns a key as the path of a URL. Characters that would begin a query or a fragment are escaped.
 fn escaped(key: &str) -> String {
     key.replace('%', "%25").replace('?', "%3F").replace('#', "%23")
 }

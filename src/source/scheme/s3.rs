@@ -51,7 +51,7 @@ fn open(bucket: &str, client: Caught) -> object_store::Result<Arc<dyn ObjectStor
     Ok(Arc::new(builder.build()?))
 }
 
-/// The keys and values of one profile of AWS's credentials file.
+/// Returns the keys and values of one profile of AWS's credentials file.
 fn profile(text: &str, name: &str) -> Vec<(String, String)> {
     let mut inside = false;
     let mut found = Vec::new();

@@ -1,6 +1,6 @@
 //! Every key that hone accepts or knows, in one list. Names and defaults of the KAITO sections are those of
-//! transformers 5.14, TRL 1.16 and PEFT 0.21, as KAITO's tuner leaves them in force. If hone's own default differs,
-//! the text says what the other default is.
+//! transformers 5.14, TRL 1.16 and PEFT 0.21, as KAITO's tuner leaves them in force. If hone's own default differs, the
+//! text states the other default.
 
 use super::Section::{
     DataCollator as C, DatasetConfig as D, Hone as H, LoraConfig as L, ModelConfig as M,
@@ -298,7 +298,7 @@ pub(super) const TABLE: &[Key] = &[
     Key::idle(T, "ddp_backend", Text, "", RANKS),
     Key::idle(T, "ddp_timeout", integer(0), "1800", RANKS),
 
-    // The same, refused unless they ask for what happens anyway.
+    // The same keys, refused unless they ask for hone's own behaviour.
     Key::refused(T, "optim_args", Text, "", "AdamW's settings are adam_beta1, adam_beta2, adam_epsilon and weight_decay"),
     Key::refused(T, "optim_target_modules", Any, "", "it belongs to optimizers that hone does not have"),
     Key::refused(T, "loss_type", Text, "nll", "the loss is plain cross-entropy"),

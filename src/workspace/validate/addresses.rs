@@ -44,7 +44,7 @@ impl Rules {
         }
     }
 
-    /// Every place that `hone run` takes data from, but for paths: those are of a volume.
+    /// Checks an address of data: all places that `hone run` reads from, except paths, which belong to a volume.
     pub(super) fn data_address(&mut self, field: &str, text: &str) {
         let scheme = text.trim().split_once("://").map(|(scheme, _)| scheme.to_ascii_lowercase());
         if let Some("http" | "https") | None = scheme.as_deref() {
@@ -67,7 +67,8 @@ impl Rules {
         }
     }
 
-    /// KAITO looks at addresses written out only; names that lead to such are refused when they are connected to.
+    /// Checks the address as it is written, as KAITO does. If a name leads to a link-local address, the connection is
+    /// refused.
     pub(super) fn url(&mut self, field: &str, text: &str) {
         let Ok(url) = Url::parse(text) else {
             return self
@@ -100,7 +101,7 @@ fn inside(address: IpAddr) -> bool {
     }
 }
 
-/// A hint if the text looks like a placeholder of a documentation.
+/// Returns a hint if the text looks like a placeholder of a documentation.
 fn placeholder(text: &str) -> &'static str {
     let word = |word: &str| {
         word.len() > 5 && word.contains('_') && word.chars().all(|c| c.is_ascii_uppercase() || c == '_')

@@ -1,7 +1,7 @@
 //! A Workspace -> all its mistakes at once: by the rules of KAITO's webhook, and mistakes that would crash or hang
 //! later.
 //!
-//! Source: KAITO v0.12, `api/v1beta1/workspace_validation.go`. Where hone is stricter the comment says why.
+//! Source: KAITO v0.12, `api/v1beta1/workspace_validation.go`. If hone is stricter, a comment says why.
 
 mod addresses;
 mod resource;
@@ -30,7 +30,7 @@ pub fn create(workspace: &Workspace, own_model: bool) -> Result<()> {
 /// Checks a change of a Workspace. Unlike KAITO's webhook, it checks a new input or output as on creation.
 ///
 /// # Errors
-/// Config: fields that cannot change, and what `create` refuses.
+/// Config: fields that cannot change, and all faults of `create`.
 pub fn update(old: &Workspace, new: &Workspace, own_model: bool) -> Result<()> {
     let mut rules = Rules::default();
     rules.unchanged(old, new);
@@ -76,7 +76,8 @@ impl Rules {
         }
     }
 
-    /// KAITO checks strengths only when they change, and its servers ignore a wrong one or end.
+    /// Checks a Workspace that serves. KAITO checks strengths only if they change, and its servers ignore a wrong one
+    /// or end.
     fn inference(&mut self, inference: &Inference, own_model: bool) {
         match &inference.preset {
             None if inference.template.is_some() => {
@@ -159,7 +160,7 @@ impl Rules {
         }
     }
 
-    /// KAITO takes any `a/b` for a preset and fails when it looks it up.
+    /// Checks the preset's name. KAITO accepts any `a/b` as a preset and fails when it looks it up.
     fn preset(&mut self, field: &str, preset: &Preset, own_model: bool) {
         let name_field = &format!("{field}.name");
         match presets::find(&preset.name) {

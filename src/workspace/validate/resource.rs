@@ -8,8 +8,8 @@ use crate::workspace::kind::Resource;
 const NODES_MAX: i32 = 100;
 
 impl Rules {
-    /// A Service, and pods with a number behind it, have the name too. Kubernetes refuses Services that begin with a
-    /// digit, and cannot create such pods if the name is longer.
+    /// Checks a name that a Service, and pods with a number behind the name, have too. Kubernetes refuses Services that
+    /// begin with a digit, and cannot create such pods if the name is longer.
     pub(super) fn name_of_a_service(&mut self, name: &str, does: &str) {
         const LENGTH_MAX: usize = 52;
         if name.len() > LENGTH_MAX || name.starts_with(|c: char| c.is_ascii_digit()) {
@@ -73,7 +73,7 @@ impl Rules {
         }
     }
 
-    /// Kubernetes' syntax of labels.
+    /// Checks Kubernetes' syntax of labels.
     pub(super) fn label(&mut self, key: &str, values: &[String]) {
         const FIELD: &str = "resource.labelSelector";
         const ALLOWED: &str = "up to 63 of A-Z, a-z, 0-9, -, _ and ., with a letter or digit at both ends";

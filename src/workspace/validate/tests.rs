@@ -1,4 +1,4 @@
-//! Tests of `validate`: KAITO's tables, and what it lets through.
+//! Tests of `validate`: KAITO's tables, and faults that KAITO lets through.
 
 use super::*;
 use expect_test::{Expect, expect};
@@ -20,7 +20,7 @@ fn read(value: Value) -> Workspace {
     serde_json::from_value(value).unwrap()
 }
 
-/// The valid Workspace with `field` (dots between) set or, with null, removed.
+/// Returns the valid Workspace with `field` (dots between) set or, with null, removed.
 fn changed(changes: &[(&str, Value)]) -> Workspace {
     let mut root = valid();
     for (path, value) in changes {

@@ -15,7 +15,7 @@ use crate::ops::cuda::{self, Launch};
 use crate::ops::rope::Angles;
 use crate::ops::unwritten;
 
-/// From so many new rows on, a sequence's keys are read by tiles of its rows and not by each row.
+/// The smallest number of new rows for which a sequence's keys are read by tiles of rows instead of by each row.
 const LONG_ROWS: usize = 16;
 /// Threads of a block of `decode`, and most query heads of a block.
 const THREADS: usize = 128;
@@ -33,9 +33,9 @@ pub struct Tables {
     pages: OnceCell<Tensor>,
     slots: OnceCell<Tensor>,
     whole: OnceCell<Packing>,
-    /// By the layer's window.
+    /// The pieces, by the layer's window.
     pieces: RefCell<HashMap<Option<usize>, Rc<Pieces>>>,
-    /// By the segment's number and the rows of a tile.
+    /// Lists of tiles, by the segment's number and the rows of a tile.
     tiles: RefCell<HashMap<(usize, usize), Tensor>>,
 }
 
@@ -49,8 +49,8 @@ struct Pieces {
     partials: usize,
 }
 
-/// Keys of a piece of a row that sees so many. Small pieces give few sequences to many processors; more than 256
-/// keys a piece keeps no block's scores.
+/// Returns the number of keys of a piece of a row that sees so many. Small pieces give few sequences to many
+/// processors; more than 256 keys a piece keeps no block's scores.
 fn piece_keys(keys: usize) -> usize {
     match keys {
         0..=1024 => 64,
@@ -60,7 +60,7 @@ fn piece_keys(keys: usize) -> usize {
 }
 
 impl Segment {
-    /// Tokens of the sequence with this step's.
+    /// Returns the number of tokens of the sequence with this step's.
     fn end(&self) -> usize {
         self.start + self.rows.len()
     }
@@ -69,13 +69,13 @@ impl Segment {
         self.rows.len() >= LONG_ROWS
     }
 
-    /// The pages that hold its tokens.
+    /// Returns the pages that hold its tokens.
     fn used(&self) -> &[u32] {
         &self.pages[..self.end().div_ceil(PAGE)]
     }
 }
 
-/// Numbers of pages that a list is filled up to: 256, 1024, 4096, and so on.
+/// Returns the number of pages that a list is filled up to: 256, 1024, 4096, and so on.
 fn pages_filled_up(pages: usize) -> usize {
     std::iter::successors(Some(256), |length| Some(4 * length))
         .find(|length| *length >= pages)
@@ -96,7 +96,7 @@ impl Segments<'_> {
         windows.into_iter().try_for_each(|window| self.pieces(window, device).map(|_| ()))
     }
 
-    /// The index of each segment's first page among those of all.
+    /// Returns the index of each segment's first page among those of all.
     fn pages_at(&self) -> impl Iterator<Item = (usize, &Segment)> {
         self.list.iter().scan(0, |at, segment| {
             let from = *at;
@@ -115,7 +115,7 @@ impl Segments<'_> {
         })
     }
 
-    /// The place of each row's keys and values: page * PAGE + token.
+    /// Returns the place of each row's keys and values: page * PAGE + token.
     fn slots(&self, device: &Device) -> Result<&Tensor> {
         once(&self.tables.slots, || {
             let slot =
@@ -170,7 +170,7 @@ impl Segments<'_> {
     }
 }
 
-/// `OnceCell::get_or_try_init`, which is not stable yet.
+/// Does `OnceCell::get_or_try_init`, which is not stable yet.
 fn once<T>(cell: &OnceCell<T>, make: impl FnOnce() -> Result<T>) -> Result<&T> {
     if cell.get().is_none() {
         let made = make()?;
@@ -180,7 +180,7 @@ fn once<T>(cell: &OnceCell<T>, make: impl FnOnce() -> Result<T>) -> Result<&T> {
     Ok(cell.get().expect("just filled"))
 }
 
-/// The store's tensors.
+/// Returns the store's tensors.
 fn tensors(store: &Store) -> Result<(&Tensor, &Tensor)> {
     match (&store.keys, &store.values) {
         (Values::There(keys), Values::There(values)) => Ok((keys, values)),
@@ -188,7 +188,8 @@ fn tensors(store: &Store) -> Result<(&Tensor, &Tensor)> {
     }
 }
 
-/// `cached_{name}_{type of the cache}_{type of the activations}`. A cache in 8 bits lies there as bytes.
+/// Starts a launch of `cached_{name}_{type of the cache}_{type of the activations}`. A cache in 8 bits lies there as
+/// bytes.
 fn launch<'a>(qkv: &'a Tensor, store: &Store, name: &str) -> Result<Launch<'a>> {
     let (keys, _) = tensors(store)?;
     let cache = if keys.dtype() == DType::U8 { "fp8" } else { cuda::suffix(keys.dtype())? };
@@ -222,7 +223,7 @@ pub fn write(
     training::shape(launch, heads, rows, aligned(heads)).launch((rows, 1, 1), THREADS, 0)
 }
 
-/// Attention of all rows over the pages of their sequences: [rows, query heads x width].
+/// Returns the attention of all rows over the pages of their sequences: [rows, query heads x width].
 pub fn forward(qkv: &Tensor, heads: &Heads, store: &Store, segments: &Segments) -> Result<Tensor> {
     let rows = qkv.dim(0)?;
     let out = unwritten((rows, heads.query * heads.width), qkv.dtype(), qkv.device())?;
@@ -250,7 +251,7 @@ pub fn forward(qkv: &Tensor, heads: &Heads, store: &Store, segments: &Segments) 
     Ok(out)
 }
 
-/// Tiles of a segment's new rows among all rows of its sequence; the longest work first.
+/// Returns the tiles of a segment's new rows among all rows of its sequence; the longest work first.
 fn tiles(segments: &Segments, number: usize, rows: usize, device: &Device) -> Result<Tensor> {
     let mut kept = segments.tables.tiles.borrow_mut();
     if let Some(tiles) = kept.get(&(number, rows)) {
@@ -264,7 +265,7 @@ fn tiles(segments: &Segments, number: usize, rows: usize, device: &Device) -> Re
     Ok(tiles)
 }
 
-/// All rows of a sequence in the columns of qkv: keys and values of each, queries of the new ones.
+/// Returns all rows of a sequence in the columns of qkv: keys and values of each, queries of the new ones.
 fn gather(
     qkv: &Tensor,
     heads: &Heads,
@@ -282,7 +283,7 @@ fn gather(
     Ok(wide)
 }
 
-/// The rows of short segments.
+/// Computes the rows of short segments.
 fn decode(qkv: &Tensor, heads: &Heads, store: &Store, segments: &Segments, out: &Tensor) -> Result<()> {
     // Without such a row there is nothing to copy to the device, which takes no empty tensor.
     if segments.list.iter().all(Segment::is_long) {

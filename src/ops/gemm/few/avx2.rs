@@ -13,7 +13,7 @@ use crate::ops::gemm::{Rounding, avx2};
 /// Eight f32.
 pub struct Floats;
 
-/// `tile::dots` of f32.
+/// Does `tile::dots` of f32.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub unsafe fn floats(
     job: &Job,
@@ -97,7 +97,7 @@ impl Lanes for Floats {
     }
 }
 
-/// The values of eight indices, whose low four bits are read.
+/// Returns the values of eight indices, whose low four bits are read.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn values([low, high]: [__m256; 2], index: __m256i) -> __m256 {

@@ -16,7 +16,7 @@ pub struct Floats;
 /// Thirty-two bf16, whose products are added in pairs.
 pub struct Pairs;
 
-/// `tile::dots` of f32.
+/// Does `tile::dots` of f32.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub unsafe fn floats(
     job: &Job,
@@ -29,7 +29,7 @@ pub unsafe fn floats(
     unsafe { tile::dots::<Floats>(job, columns, x, rows, sums) }
 }
 
-/// `tile::dots` of pairs of bf16.
+/// Does `tile::dots` of pairs of bf16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 pub unsafe fn pairs(job: &Job, columns: &Columns, x: &Prepared<Pairs>, rows: Range<usize>, sums: &mut [f32]) {
     // SAFETY: guaranteed by the caller.
@@ -127,8 +127,8 @@ impl Lanes for Pairs {
         // SAFETY: guaranteed by the caller.
         unsafe { _mm512_loadu_si512(at.cast()) }
     }
-    /// The 16 values in bf16, twice: the permutation reads five bits of an index. The conversion makes the smallest
-    /// values zero, as the sum of pairs itself does. Weights that are not rounded to bf16 never come here.
+    /// Returns the 16 values in bf16, twice: the permutation reads five bits of an index. The conversion makes the
+    /// smallest values zero, as the sum of pairs itself does. Weights that are not rounded to bf16 never come here.
     #[inline(always)]
     unsafe fn table(code: &[f32; 16], scale: f32, _: Rounding) -> __m512i {
         // SAFETY: guaranteed by the caller; both types are 256 bits of plain data.

@@ -44,7 +44,7 @@ pub fn few(
     few_at(level(), x, x_stride, rows, weights, alpha, beta, c, c_row_stride, precision);
 }
 
-/// `few` by one of the machine's instruction sets.
+/// Does `few` by one of the machine's instruction sets.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn few_at(
     level: Level,
@@ -73,7 +73,7 @@ pub(super) fn few_at(
     run_at(level, &job, c);
 }
 
-/// Products of bf16 pairs need weights that are bf16 or become it.
+/// Computes the products at a level of instructions. Products of bf16 pairs need weights that are bf16 or become it.
 fn run_at(level: Level, job: &Job, c: Target) {
     #[cfg(target_arch = "x86_64")]
     {
@@ -105,7 +105,7 @@ pub(super) enum Level {
     Pairs,
 }
 
-/// The machine's instruction set, or the lower one that `HONE_BENCH_GEMM` names. It is chosen once.
+/// Returns the machine's instruction set, or the lower one that `HONE_BENCH_GEMM` names. It is chosen once.
 pub(super) fn level() -> Level {
     static LEVEL: std::sync::OnceLock<Level> = std::sync::OnceLock::new();
     *LEVEL.get_or_init(|| {
@@ -167,7 +167,7 @@ where
     }
 }
 
-/// The rows of a block, with their scales.
+/// Returns the rows of a block, with their scales.
 fn columns<'a>(weight: &Weight<'a>, range: &Range<usize>, scales: &'a mut Vec<f32>) -> Columns<'a> {
     let (mut matrix, range) = (weight.matrix, range.clone());
     let scales = match (&mut matrix, weight.nested) {
@@ -182,7 +182,7 @@ fn columns<'a>(weight: &Weight<'a>, range: &Range<usize>, scales: &'a mut Vec<f3
     Columns { matrix, range, scales }
 }
 
-/// (weight, the first column of `c` of all its rows, its rows) of each block.
+/// Returns (weight, the first column of `c` of all its rows, its rows) of each block.
 fn blocks(job: &Job) -> Vec<(usize, usize, Range<usize>)> {
     let mut first = 0;
     let mut blocks = Vec::new();

@@ -8,8 +8,8 @@ use super::weight::{Weight, fits, is_four_bit};
 use crate::facts::Precision;
 use crate::ops::gemm::{FourBitView, Matrix, Rounding};
 
-/// Vector registers of one instruction set: what a kernel is made of. All functions need that instruction set, and
-/// pointers to as many elements as they name.
+/// The vector registers of one instruction set, from which a kernel is built. All functions need that instruction set,
+/// and pointers to as many elements as they name.
 pub(super) trait Lanes {
     /// An element of the activations as the registers hold them.
     type Element: Copy + Default;
@@ -25,14 +25,14 @@ pub(super) trait Lanes {
     fn element(value: f32, precision: Precision) -> Self::Element;
     unsafe fn zero() -> Self::Sum;
     unsafe fn load(at: *const Self::Element) -> Self::Vector;
-    /// Weights in f32, rounded to what products are computed in.
+    /// Loads weights in f32, rounded to the type in which products are computed.
     unsafe fn load_f32(at: *const f32, precision: Precision) -> Self::Vector;
     unsafe fn load_bf16(at: *const bf16) -> Self::Vector;
     unsafe fn table(code: &[f32; 16], scale: f32, rounding: Rounding) -> Self::Table;
-    /// The elements of even and of odd number of `WIDTH` bytes of indices.
+    /// Returns the elements of even and of odd number of `WIDTH` bytes of indices.
     unsafe fn look_up(table: Self::Table, at: *const u8) -> (Self::Vector, Self::Vector);
     unsafe fn add(sum: Self::Sum, x: Self::Vector, w: Self::Vector) -> Self::Sum;
-    /// The sum of all lanes of both.
+    /// Returns the sum of all lanes of both.
     unsafe fn fold(a: Self::Sum, b: Self::Sum) -> f32;
 }
 
@@ -97,7 +97,7 @@ pub(super) struct Columns<'a> {
     pub scales: *const f32,
 }
 
-/// The sums of some rows by some columns, `[row * BLOCK + column]`, by the instructions of `L`.
+/// Computes the sums of some rows by some columns, `[row * BLOCK + column]`, by the instructions of `L`.
 ///
 /// # Safety
 /// The machine has them; the job's shapes were checked.
@@ -120,7 +120,7 @@ pub(super) unsafe fn dots<L: Lanes>(
     }
 }
 
-/// `C` columns at a time, and the last ones alone.
+/// Computes `C` columns at a time, and the last ones one by one.
 #[inline(always)]
 unsafe fn columns_by<L: Lanes, const R: usize, const C: usize>(
     job: &Job,
@@ -184,7 +184,7 @@ unsafe fn tile<L: Lanes, const R: usize, const C: usize>(
     }
 }
 
-/// `tile` of a 4-bit weight that `fits`.
+/// Does `tile` of a 4-bit weight that `fits`.
 #[allow(clippy::needless_range_loop)] // Iterators are functions without the instruction set.
 #[inline(always)]
 unsafe fn four_bit<L: Lanes, const R: usize, const C: usize>(
@@ -249,7 +249,7 @@ fn prefetch(at: *const u8) {
     let _ = at;
 }
 
-/// The sums of all lanes.
+/// Returns the sums of all lanes.
 #[allow(clippy::needless_range_loop)] // Iterators are functions without the instruction set.
 #[inline(always)]
 unsafe fn folded<L: Lanes, const R: usize, const C: usize>(sums: [[[L::Sum; 2]; C]; R]) -> [[f32; C]; R] {
@@ -313,7 +313,7 @@ unsafe fn unit<L: Lanes, T: Stored<L>, const R: usize, const C: usize>(
     }
 }
 
-/// `tile` of rows of `depth` values that lie `stride` apart.
+/// Does `tile` of rows of `depth` values that lie `stride` apart.
 #[inline(always)]
 unsafe fn dense<L: Lanes, T: Stored<L>, const R: usize, const C: usize>(
     weight: *const T,
@@ -346,7 +346,7 @@ unsafe fn dense<L: Lanes, T: Stored<L>, const R: usize, const C: usize>(
 /// Elements of the widest register.
 const WIDTH_MAX: usize = 32;
 
-/// An activation as products of this precision take it.
+/// Returns an activation as products of this precision take it.
 #[inline(always)]
 pub fn rounded(value: f32, precision: Precision) -> f32 {
     match precision {
@@ -355,7 +355,7 @@ pub fn rounded(value: f32, precision: Precision) -> f32 {
     }
 }
 
-/// The nearest bf16, ties to even, without a branch: a loop over it becomes vector code. NaN stays NaN.
+/// Returns the nearest bf16, ties to even, without a branch: a loop over it becomes vector code. NaN stays NaN.
 #[inline(always)]
 pub(super) fn bf16_bits(value: f32) -> u16 {
     let bits = value.to_bits();
