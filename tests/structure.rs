@@ -592,8 +592,9 @@ fn the_race_detector_has_seen_these_kernels() {
     const RECORD: &str = "kernels/races.txt";
     let comment = Regex::new(r"//[^\n]*").unwrap();
     let files = std::fs::read_dir("kernels").unwrap().map(|entry| entry.unwrap().path());
-    let mut files: Vec<PathBuf> =
-        files.filter(|path| path.extension().is_some_and(|ending| ending == "cu" || ending == "cuh")).collect();
+    let mut files: Vec<PathBuf> = files
+        .filter(|path| path.extension().is_some_and(|ending| ending == "cu" || ending == "cuh"))
+        .collect();
     files.sort();
     let mut code = Sha256::new();
     for file in &files {
@@ -612,7 +613,10 @@ fn the_race_detector_has_seen_these_kernels() {
         std::fs::write(RECORD, text).unwrap();
     }
     let record = std::fs::read_to_string(RECORD).unwrap_or_default();
-    assert!(record.lines().any(|line| line == code), "{RECORD}: the kernels have changed: run tests/gpu --races");
+    assert!(
+        record.lines().any(|line| line == code),
+        "{RECORD}: the kernels have changed: run tests/gpu --races"
+    );
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -639,8 +643,9 @@ fn every_kernel_waits_first_for_the_kernels_before_it() {
         for found in kernel.find_iter(&text) {
             let line = text[..found.start()].lines().count();
             let body = &text[found.end()..];
-            let is_first =
-                ["wait_for_earlier_kernels();", "read_ahead_and_wait("].iter().any(|wait| body.starts_with(wait));
+            let is_first = ["wait_for_earlier_kernels();", "read_ahead_and_wait("]
+                .iter()
+                .any(|wait| body.starts_with(wait));
             assert!(
                 is_first,
                 "{}:{line}: expected wait_for_earlier_kernels() as the first statement",

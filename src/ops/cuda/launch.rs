@@ -202,7 +202,8 @@ impl<'a> Launch<'a> {
     /// Adds the bytes of memory that no kernel writes for which each block asks before it waits for the kernels before
     /// (`read_ahead_and_wait`): an `int`, which is 0 if the kernel does not begin early.
     pub fn ahead(self, bytes: usize) -> Launch<'a> {
-        let is_early = self.function.is_some_and(|function| function.waits) && super::graph::may_begin_early();
+        let is_early =
+            self.function.is_some_and(|function| function.waits) && super::graph::may_begin_early();
         self.int(if is_early && Change::Ahead.is_on() { bytes } else { 0 })
     }
 
