@@ -179,6 +179,10 @@ impl Data {
         if let Some(rest) = text.strip_prefix(HUB_DATA) {
             return HubData::parse(rest).map(Data::Hub);
         }
+        if let Some(rest) = text.strip_prefix(HUB) {
+            return Err(Fault::config("hf:// alone names a model of the hub, and data is expected")
+                .help(format!("for a dataset of the hub, write {HUB_DATA}{rest}")));
+        }
         match text.strip_prefix(IMAGE) {
             Some(reference) => image(reference).map(Data::Image),
             None => source::Source::parse(text).map(Data::Source),
