@@ -1,6 +1,6 @@
 //! A command -> its work, and what it prints.
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value as Json, json};
@@ -15,7 +15,7 @@ use crate::publish::{self, Destination};
 use crate::ranks::launch::Crew;
 use crate::ranks::place;
 use crate::registry::{ImageFacts, Target};
-use crate::report::{Report, Stage};
+use crate::report::{self, Report, Stage};
 use crate::spec::{self, Request, keys};
 use crate::workspace::{files, tune, yaml};
 use crate::{
@@ -58,7 +58,7 @@ pub fn run(command: &Command, report: &Report) -> Result<Option<Receipt>> {
         }
         Command::Inspect { request, options, format, html } => {
             let review = review::read(&resolve(request)?, options, report)?;
-            tell(*format, || review.text(std::io::stdout().is_terminal()), || review.json())?;
+            tell(*format, || review.text(report::has_colours(&std::io::stdout())), || review.json())?;
             html.as_deref().map(|file| review.save(file)).transpose()?;
         }
         Command::Model { about, format } => model(about, *format, report)?,

@@ -153,8 +153,7 @@ pub fn of_first_kind<T>(
 /// # Errors
 /// Config: an invalid glob. Data: no file matches.
 pub fn matching<T>(files: Vec<T>, pattern: &str, name: impl Fn(&T) -> String) -> Result<Vec<T>> {
-    let glob = glob::Pattern::new(pattern)
-        .map_err(|error| Fault::config(format!("{pattern}: not a valid glob: {}", error.msg)))?;
+    let glob = glob::Pattern::new(pattern).map_err(|error| invalid_glob(pattern, &error))?;
     let fits = |file: &T| glob.matches_with(name(file).trim_start_matches('/'), GLOB);
     let found: Vec<T> = files.into_iter().filter(fits).collect();
     match found.is_empty() {
@@ -174,9 +173,14 @@ fn ends_with(file: &Path, endings: &[&str]) -> bool {
         && endings.iter().any(|ending| bare.strip_suffix(ending).is_some_and(|stem| stem.ends_with('.')))
 }
 
+fn invalid_glob(pattern: &str, error: &glob::PatternError) -> Fault {
+    Fault::config(format!("{pattern}: not a valid glob: {}", error.msg)).help(
+        "* stands for letters of one name, ** between two / for folders, [ab] for a or b, [[] for a bracket",
+    )
+}
+
 fn matches(pattern: &str, search: &Search) -> Result<Vec<PathBuf>> {
-    let found = glob::glob_with(pattern, GLOB)
-        .map_err(|error| Fault::config(format!("{pattern}: not a valid glob: {}", error.msg)))?;
+    let found = glob::glob_with(pattern, GLOB).map_err(|error| invalid_glob(pattern, &error))?;
     let mut files = Vec::new();
     for path in found {
         let path = path.map_err(|error| unreadable(error.path(), error.error()))?;

@@ -66,7 +66,8 @@ impl Records {
         let mut parser = Parser::new(&input, form)?;
         let mut record = Record::default();
         if !parser.next(&mut record)? {
-            return Err(Fault::data(format!("{}: it holds no header", input.name)));
+            return Err(Fault::data(format!("{}: it holds no header", input.name))
+                .help("write the names of the columns in the first line"));
         }
         let names: Vec<String> = (0..record.ends.len())
             .map(|index| parser.text(&record, index).map(|text| text.unwrap_or_default().trim().to_owned()))
