@@ -215,7 +215,7 @@ fn fetched(address: &Path, weights: bool, report: &Report) -> Result<PathBuf> {
 
 fn push(folder: &Path, image: &str, arguments: &RegistryArguments, report: &Report) -> Result<()> {
     let facts = ImageFacts { model_name: adapter::base_model(folder), ..ImageFacts::default() };
-    let place = Destination::parse(image)?;
+    let place = Destination::parse(&spec::home::place(image, &environment)?)?;
     let (reached, _) = plan::reach(&environment)?;
     let (registry, source) =
         (access(arguments), source::Options { ca_file: arguments.ca_file.clone(), ..reached });
@@ -231,7 +231,7 @@ fn push(folder: &Path, image: &str, arguments: &RegistryArguments, report: &Repo
 }
 
 fn pull(image: &str, folder: &Path, arguments: &RegistryArguments, report: &Report) -> Result<()> {
-    let pulled = registry::pull(&Target::parse(image)?, folder, &access(arguments), report)?;
+    let pulled = registry::pull(&Target::parse(&spec::home::place(image, &environment)?)?, folder, &access(arguments), report)?;
     say!("{}\n{}\n{}", pulled.reference, pulled.digest, folder.display());
     Ok(())
 }

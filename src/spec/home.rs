@@ -4,6 +4,7 @@
 use super::keys::{self, Key, Type};
 use super::value::Value;
 use super::{Environment, Mistakes, Spec};
+use crate::fault::{Fault, Result};
 use std::path::Path;
 
 /// Keys of texts that name a file or a folder.
@@ -14,25 +15,32 @@ const BEFORE: [&str; 2] = ["oci:", "file:"];
 
 /// Puts the home folder in the place of the `~`. The home folders of other users (`~name/`) are not looked up.
 pub(super) fn expand(spec: &mut Spec, environment: Environment, mistakes: &mut Mistakes) {
-    let home = environment("HOME").filter(|home| Path::new(home).is_absolute());
     for ((section, name), given) in &mut spec.given {
         let key = keys::find(*section, name).expect("only keys of the table are set");
         if !names_places(key) {
             continue;
         }
         for text in texts(&mut given.value) {
-            let Some((before, below)) = split(text) else { continue };
-            match &home {
-                Some(home) => *text = format!("{before}{}{below}", home.trim_end_matches('/')),
-                None => {
-                    let wrong = format!(
-                        "{key}: {text} is below the home folder, but HOME is not set; write the whole path"
-                    );
-                    mistakes.add(&given.origin, wrong);
-                }
+            match place(text, environment) {
+                Ok(whole) => *text = whole,
+                Err(fault) => mistakes.add(&given.origin, format!("{key}: {}", fault.in_a_line())),
             }
         }
     }
+}
+
+/// A place that a user gave, with the home folder in the place of the `~`.
+///
+/// # Errors
+/// Config: there is no home folder.
+pub fn place(text: &str, environment: Environment) -> Result<String> {
+    let Some((before, below)) = split(text) else { return Ok(text.to_owned()) };
+    let home = environment("HOME").filter(|home| Path::new(home).is_absolute());
+    let home = home.ok_or_else(|| {
+        Fault::config(format!("{text} is below the home folder, but HOME is not set"))
+            .help("write the whole path")
+    })?;
+    Ok(format!("{before}{}{below}", home.trim_end_matches('/')))
 }
 
 fn names_places(key: &Key) -> bool {

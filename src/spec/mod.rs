@@ -5,7 +5,7 @@ pub mod keys;
 pub mod yaml;
 pub mod value;
 mod file;
-mod home;
+pub mod home;
 
 use crate::fault::{Fault, Result};
 use keys::{Effect, Key, Section, Type};
