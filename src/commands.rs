@@ -231,7 +231,12 @@ fn push(folder: &Path, image: &str, arguments: &RegistryArguments, report: &Repo
 }
 
 fn pull(image: &str, folder: &Path, arguments: &RegistryArguments, report: &Report) -> Result<()> {
-    let pulled = registry::pull(&Target::parse(&spec::home::place(image, &environment)?)?, folder, &access(arguments), report)?;
+    let pulled = registry::pull(
+        &Target::parse(&spec::home::place(image, &environment)?)?,
+        folder,
+        &access(arguments),
+        report,
+    )?;
     say!("{}\n{}\n{}", pulled.reference, pulled.digest, folder.display());
     Ok(())
 }

@@ -27,7 +27,8 @@ impl Config {
     pub fn read(folder: &Path) -> Result<Config> {
         let file = folder.join("config.json");
         let text = plain::read(&file, FILE_BYTES_MAX).map_err(|error| {
-            let fault = Fault::unread(Kind::Model, format!("cannot read {}: {error}", file.display()), &error);
+            let fault =
+                Fault::unread(Kind::Model, format!("cannot read {}: {error}", file.display()), &error);
             match folder.is_dir() {
                 true => fault.help("a model folder holds config.json, tokenizer.json and *.safetensors"),
                 false => fault.help(
