@@ -1,6 +1,6 @@
 //! A command -> its work and its output.
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value as Json, json};
@@ -15,8 +15,8 @@ use crate::publish::{self, Destination};
 use crate::ranks::launch::Crew;
 use crate::ranks::place;
 use crate::registry::{ImageFacts, Target};
-use crate::report::{Report, Stage};
-use crate::spec::{self, Environment, Request, keys};
+use crate::report::{self, Report, Stage};
+use crate::spec::{self, Request, keys};
 use crate::workspace::{files, tune, yaml};
 use crate::{
     adapter, bench, controller, evaluate, example, fetch, inspect, interrupt, job, merge, plan, registry,
@@ -59,7 +59,7 @@ pub fn run(command: &Command, report: &Report) -> Result<Option<Receipt>> {
         Command::Inspect { request, options, format, html } => {
             html.as_deref().map(whole::may_be_written).transpose()?;
             let review = review::read(&resolve(request)?, options, report)?;
-            tell(*format, || review.text(colours(&environment)), || review.json())?;
+            tell(*format, || review.text(report::has_colours(&std::io::stdout())), || review.json())?;
             html.as_deref().map(|file| review.save(file)).transpose()?;
         }
         Command::Model { about, format } => model(about, *format, report)?,
@@ -217,7 +217,7 @@ fn fetched(address: &Path, weights: bool, report: &Report) -> Result<PathBuf> {
 
 fn push(folder: &Path, image: &str, arguments: &RegistryArguments, report: &Report) -> Result<()> {
     let facts = ImageFacts { model_name: adapter::base_model(folder), ..ImageFacts::default() };
-    let place = Destination::parse(image)?;
+    let place = Destination::parse(&spec::home::place(image, &environment)?)?;
     let (reached, _) = plan::reach(&environment)?;
     let (registry, source) =
         (access(arguments), source::Options { ca_file: arguments.ca_file.clone(), ..reached });
@@ -233,7 +233,12 @@ fn push(folder: &Path, image: &str, arguments: &RegistryArguments, report: &Repo
 }
 
 fn pull(image: &str, folder: &Path, arguments: &RegistryArguments, report: &Report) -> Result<()> {
-    let pulled = registry::pull(&Target::parse(image)?, folder, &access(arguments), report)?;
+    let pulled = registry::pull(
+        &Target::parse(&spec::home::place(image, &environment)?)?,
+        folder,
+        &access(arguments),
+        report,
+    )?;
     say!("{}\n{}\n{}", pulled.reference, pulled.digest, folder.display());
     Ok(())
 }
@@ -255,32 +260,8 @@ fn pretty(json: &Json) -> String {
     serde_json::to_string_pretty(json).expect("texts and numbers")
 }
 
-/// Returns whether a text may have colours: a terminal shows it, and its user does not refuse them (no-color.org).
-fn colours(environment: Environment) -> bool {
-    std::io::stdout().is_terminal() && wants_colours(environment)
-}
-
-fn wants_colours(environment: Environment) -> bool {
-    environment("NO_COLOR").is_none_or(|value| value.is_empty())
-        && environment("TERM").is_none_or(|terminal| terminal != "dumb")
-}
-
 /// Characters of a line, if a terminal shows what is printed.
 fn columns() -> Option<usize> {
     let (width, _) = terminal_size::terminal_size_of(std::io::stdout())?;
     Some(usize::from(width.0))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn colours_can_be_refused() {
-        let with = |name: &'static str, value: &'static str| {
-            move |asked: &str| (asked == name).then(|| value.to_owned())
-        };
-        assert!(wants_colours(&with("TERM", "xterm")) && wants_colours(&with("NO_COLOR", "")));
-        assert!(!wants_colours(&with("TERM", "dumb")) && !wants_colours(&with("NO_COLOR", "1")));
-    }
 }

@@ -241,7 +241,19 @@ impl Fault {
     /// Returns the fault for an I/O error on a file that somebody gave: of `kind` if the file is missing or may not be
     /// read; [`Kind::Storage`] if the machine failed to read it, for which a retry may help.
     pub fn unread(kind: Kind, message: impl Into<String>, error: &std::io::Error) -> Fault {
-        Fault::new(if is_machines(error) { Kind::Storage } else { kind }, message)
+        use std::io::ErrorKind as E;
+        let fault = Fault::new(if is_machines(error) { Kind::Storage } else { kind }, message);
+        match error.kind() {
+            E::NotFound => {
+                fault.help("check the path and, in a container, the mount; a link must lead to a file")
+            }
+            E::PermissionDenied => fault.help("give this user the right to read it"),
+            E::IsADirectory => fault.help("name a file, not its folder"),
+            E::InvalidInput if error.raw_os_error().is_none() => {
+                fault.help("give a plain file, or a link to one")
+            }
+            _ => fault,
+        }
     }
 
     /// Returns this fault, or one of [`Kind::Storage`] if its message says that the operating system could not read a
@@ -369,6 +381,10 @@ mod tests {
         }
         let made_up = std::io::Error::other("not a plain file");
         assert_eq!(Fault::unread(Kind::Model, "a", &made_up).kind, Kind::Model);
+        for somebodys in [libc::ENOENT, libc::EACCES, libc::EISDIR] {
+            let fault = Fault::unread(Kind::Data, "a", &std::io::Error::from_raw_os_error(somebodys));
+            assert!(fault.help.is_some(), "{somebodys}");
+        }
         for text in ["", ")", "(os error )", "(os error x)", "a column `(os error 5)` is missing"] {
             assert_eq!(Fault::data(text).or_machines().kind, Kind::Data, "{text}");
         }

@@ -1,4 +1,4 @@
-//! SIGTERM and SIGINT -> one flag that every long loop looks at; a second signal ends the process at once.
+//! SIGTERM, SIGINT and SIGHUP -> one flag that every long loop looks at; a second signal ends the process at once.
 //!
 //! Kubernetes sends SIGTERM, waits for the grace period and then kills. hone checks the flag between batches of rows,
 //! layers and micro-batches, and while it waits for the network, so a checkpoint is at most one micro-batch away, not
@@ -12,6 +12,8 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
 use crate::fault::{Fault, Kind, Result};
 use crate::last_word::{self, Word};
 
@@ -21,6 +23,8 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 const PATIENCE: Duration = Duration::from_millis(1500);
 
 static REQUESTED: AtomicBool = AtomicBool::new(false);
+/// Whether SIGTERM or SIGINT came, so that the next one is the second.
+static TOLD: AtomicBool = AtomicBool::new(false);
 static STANDING: AtomicU8 = AtomicU8::new(Standing::Stay as u8);
 /// Folders of files that are of no use until all are there.
 static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
@@ -107,16 +111,21 @@ fn all_unfinished() -> MutexGuard<'static, Vec<PathBuf>> {
 pub fn listen() -> Result<()> {
     let failed = |error| Fault::machine("listen for signals", &error);
     let (woken, wake) = UnixStream::pair().map_err(failed)?;
-    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+    for signal in [SIGTERM, SIGINT] {
         let heard = || {
-            if REQUESTED.swap(true, Ordering::SeqCst) {
+            REQUESTED.store(true, Ordering::SeqCst);
+            if TOLD.swap(true, Ordering::SeqCst) {
                 last_word::second_signal();
                 signal_hook::low_level::exit(Kind::InterruptedUnsaved.exit_code().into());
             }
         };
-        // SAFETY: the handler swaps a flag, and on a second signal makes system calls on bytes that are ready.
+        // SAFETY: the handler sets flags, and on a second signal makes system calls on bytes that are ready.
         unsafe { signal_hook::low_level::register(signal, heard) }.map_err(failed)?;
         signal_hook::low_level::pipe::register(signal, wake.try_clone().map_err(failed)?).map_err(failed)?;
+    }
+    // A closed terminal sends SIGHUP twice, from the kernel and from the shell, so it is never the second signal.
+    if !is_ignored(SIGHUP) {
+        signal_hook::low_level::pipe::register(SIGHUP, wake.try_clone().map_err(failed)?).map_err(failed)?;
     }
     let words = Standing::ALL.map(|standing| standing.fault().map(|fault| Word::of(&fault)));
     static WORDS: OnceLock<[Option<Word>; 4]> = OnceLock::new();
@@ -128,12 +137,21 @@ pub fn listen() -> Result<()> {
         .map_err(failed)
 }
 
+/// Returns whether the process began with this signal ignored, as `nohup` begins it.
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    (mask >> (signal - 1)) & 1 == 1
+}
+
 /// Waits for a signal, then gives the process time to end by itself. If it does not and nothing would be lost, ends
 /// it.
 fn end_where_nothing_is_lost(mut woken: UnixStream, words: &[Option<Word>; 4]) {
     if woken.read_exact(&mut [0]).is_err() {
         return;
     }
+    REQUESTED.store(true, Ordering::SeqCst);
     std::thread::sleep(PATIENCE);
     loop {
         if let Some(word) = &words[usize::from(STANDING.load(Ordering::SeqCst))] {

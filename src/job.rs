@@ -130,7 +130,11 @@ fn begin(
     data: &[source::File],
     report: &Report,
 ) -> Result<Option<Trained>> {
-    folder.belongs_to(fingerprint, data)?;
+    folder.belongs_to(fingerprint, data).map_err(|mut fault| {
+        let difference = folder.difference(&plan.asked, data).filter(|_| fault.kind == Kind::Config);
+        fault.message.extend(difference.map(|difference| format!(": {difference}")));
+        fault
+    })?;
     report.fact("folder", folder_fact(folder));
     report.fact("provenance", told::provenance(plan, data));
     folder.remember(&plan.asked)?;

@@ -5,6 +5,7 @@
 //! restarted run finds its own record and continues; another run is refused. Files of the adapter appear whole, by
 //! rename. Links that somebody planted under hone's own names are never followed.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -12,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::adapter;
 use crate::fault::{Fault, Kind, Result};
@@ -225,8 +227,38 @@ impl RunFolder {
         }
     }
 
+    /// What differs between the run in this folder and one with these keys and files, as far as the record says it.
+    /// LoRA's keys are not in the record.
+    pub fn difference(&self, asked: &Map<String, Value>, data: &[source::File]) -> Option<String> {
+        const SHOWN_MAX: usize = 3;
+        const ELSEWHERE: [&str; 4] = ["cache", "token_cache", "data", "evaluation_data"];
+        let record = self.record.as_ref()?;
+        let keys: BTreeSet<&String> = record.asked.keys().chain(asked.keys()).collect();
+        let keys = keys.into_iter().filter(|key| !ELSEWHERE.contains(&key.as_str()));
+        let other = keys.filter(|key| record.asked.get(*key) != asked.get(*key));
+        let mut found: Vec<String> = other
+            .map(|key| format!("{key} was {} and is {}", shown(record.asked.get(key)), shown(asked.get(key))))
+            .collect();
+        let before: Vec<&str> = record.data.iter().map(|file| file.sha256.as_str()).collect();
+        let new: Vec<&source::File> =
+            data.iter().filter(|file| !before.contains(&file.sha256.as_str())).collect();
+        match new.first() {
+            Some(first) => {
+                found.push(format!("{} of {} data files are new: {}", new.len(), data.len(), first.name));
+            }
+            None if data.len() != before.len() => {
+                found.push(format!("the data were {} files and are {}", before.len(), data.len()));
+            }
+            None => {}
+        }
+        let more = found.len().saturating_sub(SHOWN_MAX);
+        found.truncate(SHOWN_MAX);
+        let more = if more > 0 { format!("; and {more} more") } else { String::new() };
+        (!found.is_empty()).then(|| found.join("; ") + &more)
+    }
+
     /// Records the keys that the run was given.
-    pub fn remember(&mut self, asked: &serde_json::Map<String, serde_json::Value>) -> Result<()> {
+    pub fn remember(&mut self, asked: &Map<String, Value>) -> Result<()> {
         match self.record.clone() {
             Some(record) if record.asked != *asked => self.save(Record { asked: asked.clone(), ..record }),
             _ => Ok(()),
@@ -354,6 +386,16 @@ impl RunFolder {
         self.write(RECORD, &serde_json::to_vec_pretty(&record).expect("texts and numbers"))?;
         self.record = Some(record);
         Ok(())
+    }
+}
+
+/// A value of a key for a message.
+fn shown(value: Option<&Value>) -> String {
+    const LETTERS_MAX: usize = 60;
+    let text = value.map_or("unset".to_owned(), Value::to_string);
+    match text.char_indices().nth(LETTERS_MAX) {
+        Some((at, _)) => format!("{}...", &text[..at]),
+        None => text,
     }
 }
 
@@ -615,6 +657,31 @@ mod tests {
         assert_eq!((image.reference.as_str(), image.digest.as_str()), ("host/a:v1", "sha256:1"));
         let age = SystemTime::now().duration_since(again.started()).unwrap();
         assert!(age < Duration::from_secs(600), "{age:?}");
+    }
+
+    #[test]
+    fn what_differs_from_the_run_in_the_folder_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = RunFolder::claim(folder.path(), Earlier::Refuse).unwrap();
+        let keys = |value: Value| value.as_object().unwrap().clone();
+        let rows = |sha256: &str| source::File {
+            path: "rows".into(),
+            name: "rows".into(),
+            bytes: 1,
+            sha256: sha256.into(),
+            entry: 0,
+        };
+        let asked = keys(serde_json::json!({"a": 1, "b": "x", "cache": "/c"}));
+        run.belongs_to("f", &[rows("1")]).unwrap();
+        run.remember(&asked).unwrap();
+        assert_eq!(run.difference(&asked, &[rows("1")]), None);
+        let other = keys(serde_json::json!({"a": 2, "c": true, "cache": "/d"}));
+        let said = |asked, data: &[source::File]| run.difference(asked, data).unwrap();
+        let of_keys = "a was 1 and is 2; b was \"x\" and is unset; c was unset and is true";
+        assert_eq!(said(&other, &[rows("1")]), of_keys);
+        assert_eq!(said(&other, &[rows("2")]), format!("{of_keys}; and 1 more"));
+        assert_eq!(said(&asked, &[rows("2")]), "1 of 1 data files are new: rows");
+        assert_eq!(said(&asked, &[]), "the data were 1 files and are 0");
     }
 
     #[test]

@@ -263,7 +263,8 @@ fn bring(plan: &Serving, report: &Report) -> Bring {
 fn check_adapter_folder(folder: Option<&Path>) -> Result<()> {
     match folder {
         Some(folder) if !folder.is_dir() => {
-            Err(Fault::config(format!("--allow-adapter-changes: there is no folder {}", folder.display())))
+            Err(Fault::config(format!("--allow-adapter-changes: there is no folder {}", folder.display()))
+                .help("create it, or name the folder that holds the adapters"))
         }
         _ => Ok(()),
     }

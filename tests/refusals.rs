@@ -254,6 +254,36 @@ fn data_that_teaches_nothing_is_refused() {
     "#]].assert_eq(&said);
 }
 
+/// Rows that are right but in another place or shape: the message names the form that is read.
+#[test]
+fn data_that_is_meant_but_not_written_so_is_told_how() {
+    let work = Work::with_llama();
+    work.write("pandas.json", r#"{"question": {"0": "q", "1": "r"}, "answer": {"0": "a", "1": "b"}}"#);
+    let numbers = |letter: &str| {
+        let pairs: Vec<String> = (0..1200).map(|row| format!("\"{row}\": \"{letter}\"")).collect();
+        pairs.join(", ")
+    };
+    let many = format!("{{\"question\": {{{}}}, \"answer\": {{{}}}}}", numbers("q"), numbers("a"));
+    work.write("many.json", many);
+    work.write("wrapped.json", r#"{"version": "1", "data": [{"question": "q", "answer": "a"}]}"#);
+    work.write("bar.csv", "question|answer\nq|a\n");
+    work.write("sheet.xlsx", [b"PK\x03\x04".as_slice(), &[0; 26], b"[Content_Types].xml"].concat());
+    for (data, told) in [
+        ("pandas.json", "orient=\"records\""),
+        ("many.json", "orient=\"records\""),
+        ("wrapped.json", "the list `data` seems to hold the rows"),
+        ("bar.csv", "the header is one column"),
+        ("sheet.xlsx", "save the sheet as CSV in UTF-8"),
+        ("owner/name", "write hf://datasets/owner/name"),
+        ("hf://owner/name", "write hf://datasets/owner/name"),
+        ("data.parquet#limt=2", "is no setting: write sha256=, layout="),
+        ("data.parquet,bar.csv", "repeat --data for each file"),
+    ] {
+        let said = refused(&work, &format!("--data {data}"));
+        assert!(said.contains(told), "{data}: {said}");
+    }
+}
+
 #[test]
 fn damaged_data_is_refused() {
     let mut said = String::new();
@@ -494,11 +524,14 @@ fn folders_of_others_are_left_alone() {
     let other = run(&work, "--data data.parquet --set LoraConfig.r=4");
     assert_eq!(other.code, Some(10));
     said += &other.stderr;
+    said += &run(&work, "--data data.parquet --set TrainingArguments.max_steps=3").stderr;
     assert_eq!(work.read("out/adapter_model.safetensors"), before);
     expect![[r#"
         error (config, exit code 10): the output folder out holds files that are not hone's: thesis.tex
           help: use another output folder: nothing in this one is touched
         error (config, exit code 10): the output folder out holds the adapter of another run, whose model, data or options differ from these
+          help: use another output folder, remove this one, or set earlier_results: move
+        error (config, exit code 10): the output folder out holds the adapter of another run, whose model, data or options differ from these: TrainingArguments.max_steps was 2 and is 3
           help: use another output folder, remove this one, or set earlier_results: move
     "#]].assert_eq(&said);
 }

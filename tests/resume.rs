@@ -8,7 +8,7 @@ mod job;
 
 use http::{Reply, Server};
 use job::{FINAL, Work};
-use libc::{SIGKILL, SIGTERM};
+use libc::{SIGHUP, SIGKILL, SIGTERM};
 
 /// A run with everything that must be restored: dropout, shuffled order, micro-batches, packing, the mean since the
 /// last logged line, evaluation. It has 60 steps of some 30 ms, so that signals come long before the end.
@@ -96,6 +96,36 @@ fn after_sigterm_a_run_continues_to_the_same_bytes() {
     assert!(last.stderr.contains("continues after step"), "{}", last.stderr);
     assert_undisturbed(&work, &NEVER);
     assert!(!work.path("out/checkpoints").exists(), "an adapter without save_strategy needs no checkpoints");
+}
+
+/// The kernel and the shell both send SIGHUP if a terminal is closed, so that the second one must not end the run at
+/// once.
+#[test]
+fn a_closed_terminal_writes_a_checkpoint_unless_nohup_ignores_it() {
+    let work = Work::with_llama();
+    let hang_up = |running: &job::Running| {
+        running.signal(SIGHUP);
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        running.signal(SIGHUP);
+    };
+    let mut running = work.start(&arguments("out", &NEVER));
+    until_step(&mut running, &work, 3);
+    hang_up(&running);
+    let (code, log) = running.end();
+    assert_eq!(code, Some(30), "{log}");
+    assert!(log.contains("checkpoint written"), "{log}");
+
+    let usual = work.hone(&arguments("out", &NEVER));
+    let mut shielded = std::process::Command::new("nohup");
+    shielded.env_clear().envs(usual.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    shielded.arg(usual.get_program()).args(usual.get_args()).current_dir(work.path(""));
+    shielded.stdin(std::process::Stdio::null());
+    let mut running = work.start_command(&mut shielded, "log");
+    until_step(&mut running, &work, 20);
+    hang_up(&running);
+    let (code, log) = running.end();
+    assert_eq!(code, Some(0), "{log}");
+    assert_undisturbed(&work, &NEVER);
 }
 
 /// The weights of the layers are streamed from host memory until the signal, and lie on the device afterwards.

@@ -314,6 +314,11 @@ pub(super) fn assignments(variable: &str) -> impl Iterator<Item = &str> {
 /// Reads `Section.key=value`.
 pub(super) fn setting(assignment: &str, origin: Origin) -> Result<Setting, String> {
     match assignment.split_once('=') {
+        // A shell variable that is not set leaves nothing behind the `=`. The default must not follow in silence.
+        Some((key, value)) if !key.trim().is_empty() && value.trim().is_empty() => Err(format!(
+            "--set {assignment:?}: there is no value; for the default of {0} write {0}=null, for an empty text {0}=''",
+            key.trim()
+        )),
         Some((key, value)) if !key.trim().is_empty() => {
             Ok(Setting { key: key.trim().into(), written: Written::Yaml(value.into()), origin })
         }
@@ -412,5 +417,22 @@ mod tests {
         let split: Vec<&str> = assignments(variable).collect();
         assert_eq!(split, ["LoraConfig.r=16", "device=cpu", "LoraConfig.target_modules=[a, b]"]);
         assert_eq!(assignments("").count(), 0);
+    }
+
+    #[test]
+    fn a_setting_without_a_value_is_no_default() {
+        let read = |text: &str| setting(text, Origin::Flag("--set".into()));
+        assert_eq!(
+            read("LoraConfig.r= ").unwrap_err(),
+            "--set \"LoraConfig.r= \": there is no value; for the default of LoraConfig.r write LoraConfig.r=null, \
+             for an empty text LoraConfig.r=''"
+        );
+        assert_eq!(
+            read("LoraConfig.r").unwrap_err(),
+            "--set \"LoraConfig.r\": expected Section.key=value, such as LoraConfig.r=16"
+        );
+        for given in ["LoraConfig.r=null", "name=''", "ModelConfig.chat_template={{ a=b }}"] {
+            assert!(read(given).is_ok(), "{given}");
+        }
     }
 }

@@ -256,8 +256,12 @@ pub fn run(options: &Options, report: &Report) -> Result<()> {
         let config = kube::Config::infer().await.map_err(|error| {
             Fault::config(format!("no cluster: {error}")).help("set KUBECONFIG, or run it inside of one")
         })?;
-        let client = Client::try_from(config).map_err(unreachable)?;
-        run_with(client, options, report, signal()).await
+        let server = config.cluster_url.to_string();
+        let ended = match Client::try_from(config) {
+            Ok(client) => run_with(client, options, report, signal()).await,
+            Err(error) => Err(unreachable(error)),
+        };
+        ended.map_err(|fault| if fault.kind == Kind::Network { fault.at(server) } else { fault })
     });
     runtime.shutdown_background();
     ended
@@ -665,6 +669,13 @@ fn unreachable(error: kube::Error) -> Fault {
             Fault::auth(format!("the API server refuses: {}", status.message))
                 .help("jobs/controller.yaml holds the rights it needs")
         }
-        _ => Fault::network(format!("the API server cannot be reached: {error}")),
+        _ => {
+            let causes = std::iter::successors(std::error::Error::source(&error), |cause| cause.source());
+            let causes: Vec<String> = causes.map(|cause| cause.to_string()).collect();
+            let reason = causes.last().cloned().unwrap_or_else(|| error.to_string());
+            Fault::network(format!("the API server cannot be reached: {reason}")).help(
+                "check that the server of the kubeconfig runs, and that its address is reachable from here",
+            )
+        }
     }
 }

@@ -27,8 +27,15 @@ impl Config {
     pub fn read(folder: &Path) -> Result<Config> {
         let file = folder.join("config.json");
         let text = plain::read(&file, FILE_BYTES_MAX).map_err(|error| {
-            Fault::unread(Kind::Model, format!("cannot read {}: {error}", file.display()), &error)
-                .help("a model folder holds config.json, tokenizer.json and *.safetensors")
+            let fault =
+                Fault::unread(Kind::Model, format!("cannot read {}: {error}", file.display()), &error);
+            match folder.is_dir() {
+                true => fault.help("a model folder holds config.json, tokenizer.json and *.safetensors"),
+                false => fault.help(
+                    "give the folder of a model, or its address: hf://OWNER/NAME on the Hugging Face hub, \
+                     oci://IMAGE, preset:NAME",
+                ),
+            }
         })?;
         match serde_json::from_slice(&text) {
             Ok(Value::Object(json)) => Ok(Config { file, json, wrapper: None }),

@@ -80,7 +80,9 @@ pub fn find(name: &str) -> Result<&'static Preset> {
     let found = all().iter().find(|preset| preset.names().any(|known| known == wanted));
     found.ok_or_else(|| {
         let fault = Fault::usage(format!("{name:?} is not a preset"));
+        let longer = longer(&wanted);
         match nearest(&wanted) {
+            _ if !longer.is_empty() => fault.help(format!("use one of {}", longer.join(", "))),
             Some(near) => fault.help(format!("did you mean {near}?")),
             None => fault.help(format!(
                 "use one of {}",
@@ -88,6 +90,12 @@ pub fn find(name: &str) -> Result<&'static Preset> {
             )),
         }
     })
+}
+
+/// Names of the presets that a shortened name may mean: `phi-3` is the beginning of several.
+fn longer(wanted: &str) -> Vec<&'static str> {
+    let begins = |preset: &&Preset| wanted.len() > 2 && preset.name.starts_with(wanted);
+    all().iter().filter(begins).map(|preset| preset.name.as_str()).collect()
 }
 
 fn nearest(wanted: &str) -> Option<&'static str> {
@@ -204,5 +212,8 @@ mod tests {
             "\"phi-3-mini-4k-instrct\" is not a preset\n  help: did you mean phi-3-mini-4k-instruct?"
         );
         assert!(said("zephyr").contains("one of phi-4, "));
+        assert!(
+            said("phi-3-mini").ends_with("help: use one of phi-3-mini-4k-instruct, phi-3-mini-128k-instruct")
+        );
     }
 }

@@ -179,6 +179,12 @@ impl Data {
         if let Some(rest) = text.strip_prefix(HUB_DATA) {
             return HubData::parse(rest).map(Data::Hub);
         }
+        if let Some(rest) = text.strip_prefix(HUB) {
+            // A text that is no name of a dataset may hold a secret, and is not repeated.
+            let name = HubData::parse(rest).map_or("OWNER/NAME".to_owned(), |data| data.repository);
+            return Err(Fault::config("hf:// alone names a model of the hub, and data is expected")
+                .help(format!("for a dataset of the hub, write {HUB_DATA}{name}")));
+        }
         match text.strip_prefix(IMAGE) {
             Some(reference) => image(reference).map(Data::Image),
             None => source::Source::parse(text).map(Data::Source),
@@ -272,6 +278,13 @@ mod tests {
         ] {
             assert_eq!(Data::parse(&text).unwrap().pin(), pin, "{text}");
         }
+    }
+
+    #[test]
+    fn the_address_of_a_model_is_no_data_and_is_not_repeated_if_it_may_hold_a_secret() {
+        let help = |text: &str| Data::parse(text).unwrap_err().help.unwrap();
+        assert!(help("hf://owner/name").ends_with("write hf://datasets/owner/name"));
+        assert!(help("hf://user:secret@host/name").ends_with("write hf://datasets/OWNER/NAME"));
     }
 
     #[test]

@@ -51,8 +51,8 @@ impl HubData {
     pub fn parse(text: &str) -> Result<HubData> {
         let wrong = || {
             Fault::config("an address hf://datasets/ does not name a dataset").help(
-                "write hf://datasets/OWNER/NAME, with @REVISION, /PATH (a file, a folder or a glob) or \
-                 ?config=NAME&split=NAME behind it",
+                "write hf://datasets/OWNER/NAME, hf://datasets/OWNER/NAME?config=NAME&split=NAME, or \
+                 hf://datasets/OWNER/NAME@REVISION/PATH for a file, a folder or a glob",
             )
         };
         let (text, sha256) = match text.split_once("#sha256=") {

@@ -130,7 +130,8 @@ pub fn token_bytes(facts: &Facts, cache: CacheType) -> u64 {
 pub fn solve(served: &Served, machine: &Machine) -> Result<Plan> {
     let most = served.facts.positions_max;
     if let Some(context) = served.context.filter(|context| *context > most) {
-        return Err(Fault::config(format!("--context {context}: the model was made for {most} tokens")));
+        return Err(Fault::config(format!("--context {context}: the model was made for {most} tokens"))
+            .help(format!("give at most {most}")));
     }
     let solver = Solver { served, machine, token_bytes: token_bytes(&served.facts, served.cache) };
     let fits = solver.fits();

@@ -8,7 +8,7 @@ use half::bf16;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
-use safetensors::{Dtype, View};
+use safetensors::{Dtype, SafeTensorError, View};
 
 use crate::fault::{Fault, Result};
 use crate::ops::dropout::mix;
@@ -34,8 +34,13 @@ pub fn write(folder: &Path, facts: &Facts, seed: u64) -> Result<()> {
         tensors.insert(name, Bytes { shape, bytes });
     }
     let file = folder.join("model.safetensors");
-    safetensors::serialize_to_file(tensors, None, &file)
-        .map_err(|error| Fault::storage("write", &file, &std::io::Error::other(error.to_string())))
+    safetensors::serialize_to_file(tensors, None, &file).map_err(|error| {
+        let error = match error {
+            SafeTensorError::IoError(error) => error,
+            other => std::io::Error::other(other.to_string()),
+        };
+        Fault::storage("write", &file, &error)
+    })
 }
 
 /// Returns a matrix [rows, cols] in bf16, uniform with standard deviation 1/sqrt(cols), made as fast as memory allows.

@@ -155,6 +155,12 @@ mod tests {
     }
 
     #[test]
+    fn the_part_of_a_dataset_is_remembered() {
+        let part = "hf://datasets/owner/name?config=en&split=validation#limit=5";
+        assert_eq!(of(&[("data", &format!("['{part}']"))])["data"][0], part);
+    }
+
+    #[test]
     fn a_signed_address_is_not_remembered() {
         for address in ["https://host/rows.parquet?sig=SECRET", "https://user:SECRET@host/rows.parquet"] {
             let found = of(&[("data", &format!("['{address}']"))]);

@@ -80,8 +80,8 @@ fn redacted(value: &Json) -> Json {
     }
 }
 
-/// Removes user and query: signed URLs carry their secret in the query, others in the user part. The pinned digest
-/// stays.
+/// Removes user and query: signed URLs carry their secret in the query, others in the user part. The part of a dataset
+/// of the hub and the settings of an entry stay.
 pub(super) fn without_secrets(text: &str) -> String {
     if !text.contains("://") {
         return clean::without_secrets(text);
@@ -91,14 +91,18 @@ pub(super) fn without_secrets(text: &str) -> String {
     if url.cannot_be_a_base() {
         return clean::without_secrets(text);
     }
-    let had_query = url.query().is_some();
+    let is_hub = url.scheme() == "hf";
+    let query = url.query().map(|query| match is_hub && clean::is_of_dataset(query) {
+        true => format!("?{query}"),
+        false => "?...".to_owned(),
+    });
     url.set_query(None);
     // This fails only for URLs that cannot have a user.
     let _ = url.set_username("");
     let _ = url.set_password(None);
-    let fragment = url.fragment().filter(|fragment| fragment.starts_with("sha256=")).map(str::to_string);
+    let fragment = url.fragment().filter(|fragment| clean::is_of_entry(fragment)).map(str::to_string);
     url.set_fragment(None);
-    let query = if had_query { "?..." } else { "" };
+    let query = query.unwrap_or_default();
     let fragment = fragment.map(|fragment| format!("#{fragment}")).unwrap_or_default();
     format!("{url}{query}{fragment}")
 }

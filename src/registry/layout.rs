@@ -56,6 +56,7 @@ impl Store for Layout<'_> {
     fn top(&mut self) -> Result<(Vec<u8>, String)> {
         let index = read_index(self.folder)?.ok_or_else(|| {
             Fault::config(format!("{} is not an OCI layout: it has no index.json", self.folder.display()))
+                .help("name a folder that an image was pushed to as oci:FOLDER, or write host/repository:tag")
         })?;
         let manifests = index["manifests"].as_array().map(Vec::as_slice).unwrap_or_default();
         let tag_of = |entry: &Value| entry["annotations"][TAG_ANNOTATION].as_str().map(str::to_string);

@@ -3,6 +3,10 @@
 use std::borrow::Cow;
 use std::sync::{PoisonError, RwLock};
 
+/// Keys behind the `?` of a dataset of the hub, `hf://datasets/OWNER/NAME?config=NAME`. They hold no secret.
+const OF_DATASETS: [&str; 2] = ["config", "split"];
+/// Keys behind the `#` of an entry of data. They hold no secret.
+const OF_ENTRIES: [&str; 5] = ["sha256", "layout", "weight", "limit", "name"];
 /// LIMIT: a shorter secret is a word that a message may hold by chance.
 const SECRET_BYTES_MIN: usize = 6;
 /// Secrets that no text may show.
@@ -77,7 +81,7 @@ fn bare_word(word: &str) -> Cow<'_, str> {
     let (head, body) = word.split_at(scheme_end(word));
     let is_address = !head.is_empty();
     let (body, had_user) = without_user(head, body);
-    let body = without_query(body, is_address || had_user);
+    let body = without_query(head, body, is_address || had_user);
     match without_tokens(&body) {
         Some(masked) => Cow::Owned(format!("{head}{masked}")),
         None if !had_user && head.len() + body.len() == word.len() => Cow::Borrowed(word),
@@ -107,17 +111,34 @@ fn without_user<'a>(head: &str, body: &'a str) -> (&'a str, bool) {
     }
 }
 
-/// Removes a query, and a fragment that is no digest. Punctuation at the end belongs to the sentence and stays.
-fn without_query(body: &str, is_address: bool) -> Cow<'_, str> {
+/// Returns whether the text behind the `?` of `hf://` chooses a part of a dataset.
+pub fn is_of_dataset(query: &str) -> bool {
+    has_only(query.split('#').next().unwrap_or(query), &OF_DATASETS)
+}
+
+/// Returns whether the text behind a `#` is the settings of an entry of data.
+pub fn is_of_entry(fragment: &str) -> bool {
+    has_only(fragment, &OF_ENTRIES)
+}
+
+fn has_only(pairs: &str, keys: &[&str]) -> bool {
+    pairs.split('&').all(|pair| pair.split_once('=').is_some_and(|(key, _)| keys.contains(&key)))
+}
+
+/// Removes a query that chooses no part of a dataset, and a fragment that is no setting of an entry. Punctuation at the
+/// end belongs to the sentence and stays.
+fn without_query<'a>(head: &str, body: &'a str, is_address: bool) -> Cow<'a, str> {
     let is_query = |query: &str| {
         let name = query.split_once('=').map_or("", |(name, _)| name);
         !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.~%".contains(&byte))
     };
-    let query = body.split_once('?').filter(|(_, query)| is_address || is_query(query)).map(|(path, _)| path);
+    let query = body.split_once('?').filter(|(_, query)| is_address || is_query(query));
+    let query = query.filter(|(_, query)| !(head.ends_with("hf://") && is_of_dataset(query)));
     let fragment = || {
         let (path, fragment) = body.split_once('#').filter(|_| is_address)?;
-        (!fragment.starts_with("sha256=")).then_some(path)
+        (!is_of_entry(fragment)).then_some(path)
     };
+    let query = query.map(|(path, _)| path);
     match query.or_else(fragment) {
         None => Cow::Borrowed(body),
         Some(path) => {
@@ -156,6 +177,9 @@ mod tests {
             ("host/x?sig=S&b=1, then", "host/x, then"),
             ("model=https://user:PW@host/m#PW", "model=https://host/m"),
             ("(https://host/x?sig=S)", "(https://host/x)"),
+            ("https://host/x?config=S", "https://host/x"),
+            ("hf://datasets/o/n?config=en&token=S", "hf://datasets/o/n"),
+            ("https://host/x#limit=5&key=S", "https://host/x"),
             ("token hf_abcdefghijklmnopqrstuvwxyz0123 in it", "token hf_*** in it"),
             ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJjIn0.c2ln", "eyJ***"),
         ] {
@@ -181,6 +205,9 @@ mod tests {
             "hf://owner/name@main and hf://gpt2@main",
             "/data/a?.parquet, ./part-??.parquet",
             "https://host/x#sha256=ab",
+            "https://host/x#layout=text&limit=5, and more",
+            "choose one: hf://datasets/owner/name?config=en&split=train",
+            "hf://datasets/owner/name@main?split=test#weight=2",
             "is that so? yes=1",
             "somebody@example.org",
             "job.yaml:3:5: learning_rate",

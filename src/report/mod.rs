@@ -142,6 +142,26 @@ pub fn is_json(bars: Option<bool>) -> bool {
     !bars.unwrap_or_else(|| std::io::stderr().is_terminal())
 }
 
+/// Returns whether text on this stream may have colours: it is a terminal that shows them, and the user does not refuse
+/// them with `NO_COLOR` (no-color.org).
+pub fn has_colours(stream: &impl IsTerminal) -> bool {
+    shows_colours(stream.is_terminal(), &environment)
+}
+
+fn shows_colours(is_terminal: bool, variable: &dyn Fn(&str) -> Option<String>) -> bool {
+    let is_refused = variable("NO_COLOR").is_some_and(|value| !value.is_empty());
+    is_terminal && !is_refused && !is_dumb(variable)
+}
+
+/// Returns whether the terminal has neither colours nor a cursor that moves, such as a shell inside of an editor.
+fn is_dumb(variable: &dyn Fn(&str) -> Option<String>) -> bool {
+    variable("TERM").is_some_and(|kind| kind == "dumb")
+}
+
+fn environment(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
 /// Returns a sink that shows bars, or one that writes JSON lines. Bars are shown if `bars` is true; if `bars` is
 /// `None`, they are shown if stderr is a terminal.
 pub fn choose(bars: Option<bool>, quiet: bool) -> Arc<dyn Sink> {
@@ -269,4 +289,21 @@ struct Silent;
 impl Sink for Silent {
     fn event(&self, _: &Event) {}
     fn progress(&self, _: &Progress) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn colours_are_for_terminals_that_want_them() {
+        let shows = |is_terminal: bool, name: &str, value: &str| {
+            shows_colours(is_terminal, &|asked| (asked == name).then(|| value.to_owned()))
+        };
+        assert!(shows(true, "TERM", "xterm"));
+        assert!(shows(true, "NO_COLOR", ""), "an empty value refuses nothing");
+        assert!(!shows(true, "NO_COLOR", "1"));
+        assert!(!shows(true, "TERM", "dumb"));
+        assert!(!shows(false, "TERM", "xterm"));
+    }
 }

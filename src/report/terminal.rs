@@ -22,7 +22,11 @@ pub struct Terminal {
 impl Terminal {
     /// Writes to stderr. `quiet`: only warnings are written.
     pub fn new(quiet: bool) -> Terminal {
-        Terminal::on(ProgressDrawTarget::stderr(), quiet)
+        let target = match super::is_dumb(&super::environment) {
+            true => ProgressDrawTarget::hidden(),
+            false => ProgressDrawTarget::stderr(),
+        };
+        Terminal::on(target, quiet)
     }
 
     fn on(target: ProgressDrawTarget, quiet: bool) -> Terminal {

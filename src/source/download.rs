@@ -17,7 +17,7 @@ use super::pace::Pace;
 use super::partial::Partial;
 use super::scheme::{self, Stores};
 use super::statement::Algorithm;
-use super::{describe, html, local, split};
+use super::{describe, html, local, missing, split};
 use crate::backoff;
 use crate::fault::{Fault, Kind, Result};
 use crate::report::{Report, Stage, Task, Unit};
@@ -341,8 +341,14 @@ impl<'a> Downloads<'a> {
         partial.discard()?;
         let title = html::title(&head).map(|title| format!(" (title: {title})")).unwrap_or_default();
         let wanted = ending.map_or("a data file".to_owned(), |ending| format!("a {ending} file"));
+        let help = match missing::hub_dataset(job.name) {
+            Some(dataset) => format!(
+                "for the dataset, write hf://datasets/{dataset}; for one file, use its address with /resolve/"
+            ),
+            None => "this may be a login page or a preview link; use the raw/resolve link".to_owned(),
+        };
         Err(Fault::data(format!("{}: URL returned an HTML page{title}, expected {wanted}", job.name))
-            .help("this may be a login page or a preview link; use the raw/resolve link")
+            .help(help)
             .into())
     }
 

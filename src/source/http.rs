@@ -280,7 +280,9 @@ fn refusal(response: &Response, ask: &Ask, resuming: bool) -> Failure {
                 .and_then(|value| retry_after(value, SystemTime::now())),
             from_start: false,
         },
-        _ => Fault::data(format!("{name}: the server answered HTTP {status}, expected 200")).into(),
+        _ => Fault::data(format!("{name}: the server answered HTTP {status}, expected 200"))
+            .help("open the address in a browser; it may be wrong, or need a login")
+            .into(),
     }
 }
 

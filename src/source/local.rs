@@ -7,6 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::hash;
+use super::missing;
 use super::options::{File, Source};
 use super::split;
 use crate::fault::{Fault, Kind, Result};
@@ -72,8 +73,6 @@ pub fn mismatch(name: &str, expected: &str, found: &str) -> Fault {
         .help("the file was changed or damaged, or the digest belongs to another version")
 }
 
-const LOOK: &str = "check the path and, in a container, the mount";
-
 /// Expands a path to its files. If the exact name exists, it is meant, so a file may have `[` in its name.
 /// Otherwise it is a glob.
 fn expand(pattern: &str, search: &Search) -> Result<Vec<PathBuf>> {
@@ -83,7 +82,9 @@ fn expand(pattern: &str, search: &Search) -> Result<Vec<PathBuf>> {
         Ok(_) => Ok(vec![path.to_owned()]),
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(unreadable(path, &error)),
         Err(_) if pattern.contains(['*', '?', '[']) => matches(pattern, search),
-        Err(_) => Err(Fault::data(format!("{pattern}: no such file or folder")).help(LOOK)),
+        Err(_) => {
+            Err(Fault::data(format!("{pattern}: no such file or folder")).help(missing::remedy(pattern)))
+        }
     }
 }
 
@@ -152,12 +153,12 @@ pub fn of_first_kind<T>(
 /// # Errors
 /// Config: an invalid glob. Data: no file matches.
 pub fn matching<T>(files: Vec<T>, pattern: &str, name: impl Fn(&T) -> String) -> Result<Vec<T>> {
-    let glob = glob::Pattern::new(pattern)
-        .map_err(|error| Fault::config(format!("{pattern}: not a valid glob: {}", error.msg)))?;
+    let glob = glob::Pattern::new(pattern).map_err(|error| invalid_glob(pattern, &error))?;
     let fits = |file: &T| glob.matches_with(name(file).trim_start_matches('/'), GLOB);
     let found: Vec<T> = files.into_iter().filter(fits).collect();
     match found.is_empty() {
-        true => Err(Fault::data(format!("{pattern}: no file matches"))),
+        true => Err(Fault::data(format!("{pattern}: no file matches"))
+            .help("correct the pattern: * stands for letters of one name, ** for folders")),
         false => Ok(found),
     }
 }
@@ -172,9 +173,14 @@ fn ends_with(file: &Path, endings: &[&str]) -> bool {
         && endings.iter().any(|ending| bare.strip_suffix(ending).is_some_and(|stem| stem.ends_with('.')))
 }
 
+fn invalid_glob(pattern: &str, error: &glob::PatternError) -> Fault {
+    Fault::config(format!("{pattern}: not a valid glob: {}", error.msg)).help(
+        "* stands for letters of one name, ** between two / for folders, [ab] for a or b, [[] for a bracket",
+    )
+}
+
 fn matches(pattern: &str, search: &Search) -> Result<Vec<PathBuf>> {
-    let found = glob::glob_with(pattern, GLOB)
-        .map_err(|error| Fault::config(format!("{pattern}: not a valid glob: {}", error.msg)))?;
+    let found = glob::glob_with(pattern, GLOB).map_err(|error| invalid_glob(pattern, &error))?;
     let mut files = Vec::new();
     for path in found {
         let path = path.map_err(|error| unreadable(error.path(), error.error()))?;
@@ -187,7 +193,7 @@ fn matches(pattern: &str, search: &Search) -> Result<Vec<PathBuf>> {
         }
     }
     if files.is_empty() {
-        return Err(Fault::data(format!("{pattern}: no file matches")).help(LOOK));
+        return Err(Fault::data(format!("{pattern}: no file matches")).help(missing::LOOK));
     }
     files.sort();
     // `**` finds a directory and then its files once more.

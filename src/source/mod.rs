@@ -16,6 +16,7 @@ mod html;
 mod http;
 mod hub;
 mod local;
+mod missing;
 mod options;
 mod pace;
 mod parse;

@@ -5,6 +5,7 @@ pub mod keys;
 pub mod yaml;
 pub mod value;
 mod file;
+pub mod home;
 
 use crate::fault::{Fault, Result};
 use keys::{Effect, Key, Section, Type};
@@ -140,6 +141,10 @@ pub fn gather(request: &Request, environment: Environment) -> Result<Spec> {
     }
     for setting in &request.settings {
         spec.apply(setting, &mut mistakes);
+    }
+    // KAITO takes its paths as they are.
+    if !spec.kaito {
+        home::expand(&mut spec, environment, &mut mistakes);
     }
     mistakes.into_result().map(|()| spec)
 }

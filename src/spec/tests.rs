@@ -259,3 +259,37 @@ fn settings_are_refused_like_files() {
         ]],
     );
 }
+
+#[test]
+fn a_path_of_a_file_or_a_flag_may_begin_with_the_home_folder() {
+    let text = "model: ~/m
+data: [~/a.csv#limit=2, {path: ~/b.csv, weight: 2}, ./~/c.csv, https://host/~/d.csv]
+push: ['oci:~/image:v1', 'host/a:1']
+name: ~/n
+training_config:
+  TrainingArguments:
+    output_dir: ~/out
+";
+    let (_folder, path) = file(text);
+    let setting = Setting {
+        key: "cache".into(),
+        written: Written::Text("~".into()),
+        origin: Origin::Flag("--cache".into()),
+    };
+    let request = Request { spec: Some(path), settings: vec![setting], ..Request::default() };
+    let spec = gather(&request, &|name| (name == "HOME").then(|| "/home/me/".into())).unwrap();
+    let value = |section, name| spec.get(section, name).unwrap().value.to_json();
+    assert_eq!(value(Section::Hone, "model"), "/home/me/m");
+    assert_eq!(value(Section::Hone, "cache"), "/home/me");
+    assert_eq!(value(Section::Hone, "name"), "~/n", "a name is no path");
+    assert_eq!(value(Section::TrainingArguments, "output_dir"), "/home/me/out");
+    assert_eq!(value(Section::Hone, "push")[0], "oci:/home/me/image:v1");
+    let data = value(Section::Hone, "data");
+    assert_eq!(data[0], "/home/me/a.csv#limit=2");
+    assert!(data[1].as_str().unwrap().starts_with("/home/me/b.csv#"), "{data}");
+    assert_eq!((&data[2], &data[3]), (&"./~/c.csv".into(), &"https://host/~/d.csv".into()));
+
+    let fault = gather(&request, &|_| None).unwrap_err();
+    let expected = "model: ~/m is below the home folder, but HOME is not set; write the whole path";
+    assert!(fault.message.contains(expected), "{fault}");
+}

@@ -11,7 +11,7 @@ use super::render::{Asked, render};
 use super::serve::{self, Tuned};
 use super::yaml::{self, Document};
 use super::{CONFIG_FILE, Settings, config_name, inference};
-use crate::fault::{Fault, Result};
+use crate::fault::{Fault, Kind, Result};
 use crate::spec::keys;
 
 /// LIMIT: Kubernetes takes objects up to 1.5 MB.
@@ -174,7 +174,10 @@ fn object<T: serde::Serialize>(object: &T) -> Value {
 
 fn text(file: &PathBuf) -> Result<String> {
     let name = file.display();
-    let cannot = |error: std::io::Error| Fault::config(format!("cannot read {name}: {error}"));
+    let cannot = |error: std::io::Error| {
+        Fault::unread(Kind::Config, format!("cannot read {name}: {error}"), &error)
+            .help("give the path of a YAML file, or - for the standard input")
+    };
     let mut text = String::new();
     let reader: Box<dyn Read> = match file.to_str() {
         Some("-") => Box::new(std::io::stdin()),

@@ -439,7 +439,8 @@ impl Server<'_> {
                 Some(Ok(image)) => Ok(format!("oci://{image}")),
                 Some(Err(why)) => Err(Fault::config(format!("{field}: {why}"))),
                 None => {
-                    Err(Fault::config(format!("{field}: there is no Workspace {name} in this namespace")))
+                    Err(Fault::config(format!("{field}: there is no Workspace {name} in this namespace"))
+                        .help("create it (`hone render`: give its file with another -f), or name an image"))
                 }
             };
         }

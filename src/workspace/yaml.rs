@@ -30,6 +30,7 @@ pub fn read(file: &str, text: &str) -> Result<Vec<Document>> {
     for (lines_above, part) in parts(text) {
         let refused = |place: yaml::Place, message: &str| {
             Fault::config(format!("{file}:{}:{}: {message}", lines_above + place.line, place.column))
+                .help("give YAML documents of a Workspace and its ConfigMaps; `hone tune` writes one")
         };
         let Some(node) = yaml::parse(part).map_err(|refusal| refused(refusal.place, &refusal.message))?
         else {

@@ -15,6 +15,8 @@ use std::sync::Arc;
 
 /// LIMIT: columns of a file.
 const COLUMNS_MAX: usize = 10_000;
+/// The beginning of the reason if an object has too many keys.
+const MANY_KEYS: &str = "more than";
 /// LIMIT: different keys in one field's objects. More mean that the keys are data.
 const FIELDS_MAX: usize = 1000;
 /// LIMIT: levels of structs and lists; conversations have four.
@@ -149,7 +151,7 @@ impl Shape {
             (Kind::Object(object), Value::Object(map)) => {
                 let limit = if depth == 0 { COLUMNS_MAX } else { FIELDS_MAX };
                 if object.merge(map, line, depth) > limit {
-                    self.mixed = Some(format!("more than {limit} different keys up to line {line}"));
+                    self.mixed = Some(format!("{MANY_KEYS} {limit} different keys up to line {line}"));
                 }
             }
             (Kind::Text, Value::Array(values)) if with_parts => {
@@ -277,6 +279,12 @@ pub(super) fn refuse_mixed(schema: &Schema, names: &[String]) -> Result<()> {
     for name in names {
         let Ok(field) = schema.field_with_name(name) else { continue };
         if let Some((path, why)) = mixed(field, true) {
+            if why.starts_with(MANY_KEYS) {
+                return Err(Fault::data(format!("`{path}` holds objects with {why}, so the keys are data")).help(
+                    "write each row as an object of its own: pandas' to_json needs orient=\"records\", lines=True; a map \
+                     with free keys belongs in a JSON text",
+                ));
+            }
             return Err(Fault::data(format!("`{path}` has values of several types: {why}"))
                 .help("give all rows one type; numbers that are meant as text need quotes"));
         }

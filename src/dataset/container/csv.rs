@@ -21,6 +21,7 @@ const RECORD_BYTES_MAX: usize = 256 << 20;
 /// Bytes after which a batch is passed on before it has `BATCH_ROWS` records.
 const BATCH_BYTES: usize = 32 << 20;
 const DELIMITERS: [u8; 3] = [b',', b'\t', b';'];
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// The container.
 pub static CONTAINER: Container = Container {
@@ -35,7 +36,15 @@ pub static CONTAINER: Container = Container {
 struct Records {
     input: Input,
     schema: Arc<Schema>,
+    form: Form,
+}
+
+/// The form of a file.
+#[derive(Clone, Copy)]
+struct Form {
     delimiter: u8,
+    /// Whether a line `sep=;` stands before the header and names the delimiter.
+    is_told: bool,
 }
 
 impl Records {
@@ -43,15 +52,22 @@ impl Records {
         let mut reader = input.reader()?;
         let mut first = Vec::new();
         read_line(&input, &mut reader, &mut first, 1)?;
+        let told = told_delimiter(&first);
+        if told.is_some() {
+            first.clear();
+            read_line(&input, &mut reader, &mut first, 2)?;
+        }
         drop(reader);
         refuse_lone_returns(&input, &first)?;
         let tabs = ending_of(&input.name).is_some_and(|ending| ending == "tsv");
         let used = DELIMITERS.into_iter().find(|delimiter| first.contains(delimiter));
-        let delimiter = if tabs { b'\t' } else { used.unwrap_or(b',') };
-        let mut parser = Parser::new(&input, delimiter)?;
+        let delimiter = told.unwrap_or(if tabs { b'\t' } else { used.unwrap_or(b',') });
+        let form = Form { delimiter, is_told: told.is_some() };
+        let mut parser = Parser::new(&input, form)?;
         let mut record = Record::default();
         if !parser.next(&mut record)? {
-            return Err(Fault::data(format!("{}: it holds no header", input.name)));
+            return Err(Fault::data(format!("{}: it holds no header", input.name))
+                .help("write the names of the columns in the first line"));
         }
         let names: Vec<String> = (0..record.ends.len())
             .map(|index| parser.text(&record, index).map(|text| text.unwrap_or_default().trim().to_owned()))
@@ -61,7 +77,7 @@ impl Records {
             return Err(Fault::data(format!("{}: {} columns, limit {COLUMNS_MAX}", input.name, names.len())));
         }
         let fields: Vec<Field> = names.iter().map(|name| Field::new(name, DataType::Utf8, true)).collect();
-        Ok(Records { input, schema: Arc::new(Schema::new(fields)), delimiter })
+        Ok(Records { input, schema: Arc::new(Schema::new(fields)), form })
     }
 }
 
@@ -76,7 +92,7 @@ impl Rows for Records {
 
     fn read(&self, names: &[String], each: &mut OnBatch) -> Result<()> {
         let places = indices(&self.schema, names)?;
-        let mut parser = Parser::new(&self.input, self.delimiter)?;
+        let mut parser = Parser::new(&self.input, self.form)?;
         let mut record = Record::default();
         parser.next(&mut record)?; // the header
         let mut columns: Vec<StringBuilder> = places.iter().map(|_| StringBuilder::new()).collect();
@@ -118,10 +134,22 @@ impl Records {
     }
 }
 
+/// The delimiter in a first line `sep=;`, which programs write for Excel. It names one byte and is no header.
+fn told_delimiter(first: &[u8]) -> Option<u8> {
+    let line = first.strip_prefix(BYTE_ORDER_MARK).unwrap_or(first);
+    match line.trim_ascii_end().strip_prefix(b"sep=")? {
+        // A tab is white space at the end of the line.
+        [] if line.starts_with(b"sep=\t") => Some(b'\t'),
+        [delimiter] if !matches!(delimiter, b'"' | b'\r' | b'\n') => Some(*delimiter),
+        _ => None,
+    }
+}
+
 /// Refuses a file whose lines end with a carriage return alone: it would be one line, and its rows would be columns.
 fn refuse_lone_returns(input: &Input, header: &[u8]) -> Result<()> {
     let header = header.strip_suffix(b"\r").unwrap_or(header);
-    if !header.contains(&b'\r') || header.contains(&b'"') {
+    // Every second part between quotes is outside of them.
+    if !header.split(|&byte| byte == b'"').step_by(2).any(|part| part.contains(&b'\r')) {
         return Ok(());
     }
     Err(Fault::data(format!(
@@ -162,13 +190,16 @@ struct Parser<'a> {
 }
 
 impl<'a> Parser<'a> {
-    fn new(input: &'a Input, delimiter: u8) -> Result<Parser<'a>> {
+    fn new(input: &'a Input, form: Form) -> Result<Parser<'a>> {
         let mut reader = input.reader()?;
-        let start = reader.fill_buf().map_err(|error| input.failed(&error))?;
-        if start.starts_with(b"\xef\xbb\xbf") {
-            reader.consume(3);
+        let mut line = 1;
+        if form.is_told {
+            read_line(input, &mut reader, &mut Vec::new(), line)?;
+            line += 1;
+        } else if reader.fill_buf().map_err(|error| input.failed(&error))?.starts_with(BYTE_ORDER_MARK) {
+            reader.consume(BYTE_ORDER_MARK.len());
         }
-        Ok(Parser { input, reader, delimiter, line: 1, column: 0, opened: (0, 0) })
+        Ok(Parser { input, reader, delimiter: form.delimiter, line, column: 0, opened: (0, 0) })
     }
 
     /// Reads the next record that is not an empty line. Returns false at the end.
@@ -367,6 +398,42 @@ mod tests {
     }
 
     #[test]
+    fn a_first_line_for_excel_names_the_delimiter() {
+        check(
+            "a.csv",
+            "\u{feff}sep=|\r\na|b\r\n\"1|2\"|3\r\n",
+            expect![[r#"
+            ["a", "b"]
+            "1|2" "3"
+        "#]],
+        );
+        check(
+            "a.csv",
+            "sep=\t\na\tb\n1,2\t3\n",
+            expect![[r#"
+            ["a", "b"]
+            "1,2" "3"
+        "#]],
+        );
+        check(
+            "a.csv",
+            "sep=x,b\n1,2\n",
+            expect![[r#"
+            ["sep=x", "b"]
+            "1" "2"
+        "#]],
+        );
+        check(
+            "a.csv",
+            "\"a\rb\",c\r\n1,2\r\n",
+            expect![[r#"
+            ["a\rb", "c"]
+            "1" "2"
+        "#]],
+        );
+    }
+
+    #[test]
     fn what_a_loose_reader_passes_over_is_told_with_its_line() {
         check(
             "a.csv",
@@ -395,6 +462,20 @@ mod tests {
             expect![[r#"
             a.csv: line 1: carriage returns without line feeds; expected lines that end with \n or \r\n
               help: save the file with the line ends of Unix or Windows"#]],
+        );
+        check(
+            "a.csv",
+            "a,b\r\"1, 2\",3\r\"4\",5\r",
+            expect![[r#"
+            a.csv: line 1: carriage returns without line feeds; expected lines that end with \n or \r\n
+              help: save the file with the line ends of Unix or Windows"#]],
+        );
+        check(
+            "a.csv",
+            "sep=;\na;b\n1;2;3\n",
+            expect![[r#"
+            a.csv: line 3: 3 values, the header names 2 columns
+              help: values that hold the delimiter or a line break need quotes"#]],
         );
         let fault = shown("a.csv", b"a,b\n1,\xff\n").unwrap_err();
         assert_eq!(fault.message, "a.csv: line 2: value 2 is not UTF-8 text");

@@ -162,6 +162,10 @@ fn remedy(head: &[u8]) -> Option<&'static str> {
     let begins = |starts: &[&[u8]]| starts.iter().any(|start| head.starts_with(start));
     if begins(&[b"\xff\xfe", b"\xfe\xff"]) {
         Some("save the file as UTF-8")
+    } else if is_spreadsheet(head) {
+        Some("save the sheet as CSV in UTF-8, with the names of the columns in its first line")
+    } else if begins(&[b"\x1f\x8b", b"\x28\xb5\x2f\xfd"]) {
+        Some("unpack it once: it was packed twice")
     } else if begins(&[b"PK\x03\x04", b"\xfd7zXZ", b"BZh"]) || is_tar(head) {
         Some("unpack it, and give the data files inside; a single data file may also be inside gzip or zstd")
     } else if begins(&[b"FEA1"]) {
@@ -169,6 +173,21 @@ fn remedy(head: &[u8]) -> Option<&'static str> {
     } else {
         None
     }
+}
+
+/// Returns whether a head is that of a spreadsheet: OpenDocument, Office Open XML, or a file of Excel until 2003. The
+/// first file of a ZIP archive says its kind.
+fn is_spreadsheet(head: &[u8]) -> bool {
+    const NAME_AT: usize = 30;
+    let first = head.strip_prefix(b"PK\x03\x04").and_then(|_| head.get(NAME_AT..)).unwrap_or_default();
+    let names: [&[u8]; 5] = [
+        b"[Content_Types].xml",
+        b"docProps/",
+        b"_rels/",
+        b"xl/",
+        b"mimetypeapplication/vnd.oasis.opendocument.spreadsheet",
+    ];
+    head.starts_with(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1") || names.iter().any(|name| first.starts_with(name))
 }
 
 /// Returns whether a head is that of a tar archive.
@@ -223,6 +242,8 @@ fn kind_of(head: &[u8]) -> String {
         "a Git LFS pointer"
     } else if begins(b"PAR1") {
         "a parquet file"
+    } else if is_spreadsheet(head) {
+        "an office document, perhaps a spreadsheet"
     } else if begins(b"PK\x03\x04") {
         "a ZIP archive"
     } else if is_tar(head) {
@@ -294,7 +315,13 @@ mod tests {
         let mut tar = [0; 512];
         tar[..6].copy_from_slice(b"a.json");
         tar[257..262].copy_from_slice(b"ustar");
-        let cases: [(&[u8], &str); 11] = [
+        let cases: [(&[u8], &str); 14] = [
+            (
+                b"PK\x03\x04\x14\0\x06\0\x08\0\0\0\x21\0abcdabcdabcd\x13\0\0\0[Content_Types].xml",
+                "an office document",
+            ),
+            (b"PK\x03\x04\x14\0\0\0\0\0\0\0\x21\0abcdabcdabcd\x08\0\0\0a.jsonl", "a ZIP archive"),
+            (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an office document"),
             (b"", "an empty file"),
             (b"\n \n", "a file of blank lines"),
             (&tar, "a tar archive"),
@@ -310,6 +337,20 @@ mod tests {
         for (head, name) in cases {
             assert!(kind_of(head).starts_with(name), "{head:?}: {}", kind_of(head));
         }
+    }
+
+    #[test]
+    fn what_only_needs_another_form_says_which() {
+        for (head, words) in [
+            (&b"\xff\xfea\0"[..], "UTF-8"),
+            (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "as CSV"),
+            (b"PK\x03\x04", "give the data files inside"),
+            (b"\x1f\x8b\x08", "packed twice"),
+            (b"FEA1", "version 2"),
+        ] {
+            assert!(remedy(head).is_some_and(|remedy| remedy.contains(words)), "{head:?}");
+        }
+        assert_eq!(remedy(b"hello"), None);
     }
 
     #[test]

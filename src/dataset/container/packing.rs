@@ -141,13 +141,21 @@ impl Input {
 
     /// Returns the fault for a failed read: data if the compressed data may be damaged, otherwise storage.
     pub fn failed(&self, error: &io::Error) -> Fault {
+        self.failed_at(&self.name, error)
+    }
+
+    /// The same for a read that fails in a line.
+    pub fn failed_in_line(&self, line: u64, error: &io::Error) -> Fault {
+        self.failed_at(&format!("{}: line {line}", self.name), error)
+    }
+
+    fn failed_at(&self, place: &str, error: &io::Error) -> Fault {
         match self.packing {
             Packing::None => {
-                Fault::new(crate::fault::Kind::Storage, format!("{}: cannot read it: {error}", self.name))
+                Fault::new(crate::fault::Kind::Storage, format!("{place}: cannot read it: {error}"))
             }
             packing => Fault::data(format!(
-                "{}: the {} data is damaged, cut off or too large: {error}",
-                self.name,
+                "{place}: the {} data is damaged, cut off or too large: {error}",
                 packing.name()
             ))
             .help("check the file against its SHA-256, or export it again")

@@ -228,7 +228,8 @@ fn refuse_other_kinds(file: &File, bytes: u64) -> Result<()> {
         .and_then(|()| file.read_exact_at(&mut tail, bytes - bytes.min(4)))
         .map_err(|error| Fault::new(crate::fault::Kind::Storage, format!("cannot read it: {error}")))?;
     if tail == b"PARE" {
-        return Err(Fault::data("an encrypted parquet file, which is not supported"));
+        return Err(Fault::data("an encrypted parquet file, which is not supported")
+            .help("write it without encryption"));
     }
     if !head.starts_with(MAGIC) {
         return Err(Fault::data(format!("not a parquet file but {}", kind_of(&head)))

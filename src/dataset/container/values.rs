@@ -209,7 +209,7 @@ pub(super) fn read_line(
     line: u64,
 ) -> Result<bool> {
     loop {
-        let part = reader.fill_buf().map_err(|error| input.failed(&error).at(format!("line {line}")))?;
+        let part = reader.fill_buf().map_err(|error| input.failed_in_line(line, &error))?;
         if part.is_empty() {
             return Ok(true);
         }

@@ -34,7 +34,8 @@ const COMPANIONS: [(Companion, &[&str]); 5] = [
 ];
 
 /// Columns that identify a row or its origin. Nothing is lost if they are not read.
-const ABOUT_THE_ROW: [&str; 16] = [
+const ABOUT_THE_ROW: [&str; 17] = [
+    "Unnamed: 0",
     "__index_level_0__",
     "id",
     "idx",

@@ -10,6 +10,7 @@ mod instruction;
 mod tokens;
 mod text;
 mod companions;
+mod shape;
 
 use super::{Context, Conversation, Layout, Names, Options};
 use crate::fault::{Fault, Result};
@@ -184,7 +185,11 @@ impl<'a> Reading<'a> {
     fn tell_of_columns(&self, report: &Report) {
         let names = |about: bool| {
             let list = self.columns.iter().filter(|(_, is_about)| **is_about == about);
-            list.map(|(name, _)| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+            let shown = |name: &str| match name {
+                "" => "one without a name".to_owned(),
+                name => format!("`{name}`"),
+            };
+            list.map(|(name, _)| shown(name)).collect::<Vec<_>>().join(", ")
         };
         let (about, others) = (names(true), names(false));
         if !about.is_empty() {
@@ -247,7 +252,11 @@ pub(super) fn choose(
     }
     let mut problems: Vec<String> = problems.into_iter().map(|(_, problem)| problem).collect();
     problems.dedup();
-    Err(unfit(schema, &wanted, &problems))
+    let fault = unfit(schema, &wanted, &problems);
+    Err(match shape::remedy(schema, options) {
+        Some(remedy) => fault.help(remedy),
+        None => fault,
+    })
 }
 
 fn chosen(
