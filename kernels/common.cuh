@@ -20,10 +20,10 @@
 typedef __nv_bfloat16 bf16;
 
 // The first statement of every kernel, or part of it (`read_ahead_and_wait`): from here on the kernels that were
-// launched before have ended, and their writes are seen. On cards of compute capability 9.0 and later a kernel that src/ops/cuda/launch.rs launches with
-// programmatic stream serialization may begin while the one before it ends; nothing that lies in global memory may be
-// read or written before this call. Parameters may. PTX ISA, "griddepcontrol"; CUDA Programming Guide, "Programmatic
-// Dependent Launch".
+// launched before have ended, and their writes are seen. On cards of compute capability 9.0 and later a kernel that
+// src/ops/cuda/launch.rs launches with programmatic stream serialization may begin while the one before it ends;
+// nothing that lies in global memory may be read or written before this call. Parameters may. PTX ISA,
+// "griddepcontrol"; CUDA Programming Guide, "Programmatic Dependent Launch".
 //
 // The instruction waits for the end of the kernel directly before this one. Two rules make it cover all earlier kernels
 // too. First, all threads call this function first, also those that return at once, because a grid has ended when all

@@ -207,7 +207,8 @@ fn now() -> u64 {
 /// `report.html` of the one folder, or as `comparison.html` here. Returns its path.
 ///
 /// # Errors
-/// Usage: a folder that holds no results of a run. Config: the folder of `to` is not there. Storage: a file cannot be read, or the page not be written.
+/// Usage: a folder that holds no results of a run. Config: the folder of `to` is not there. Storage: a file cannot be
+/// read, or the page not be written.
 pub fn make(folders: &[PathBuf], to: Option<&Path>) -> Result<PathBuf> {
     let runs: Vec<page::Run> = folders.iter().map(|folder| read(folder)).collect::<Result<_>>()?;
     let (page, default) = match (runs.as_slice(), folders) {

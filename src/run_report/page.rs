@@ -297,7 +297,7 @@ fn evaluation(run: &Run) -> String {
             Some(_) => "before the run ended",
             None => "because no rows were set aside, or eval_strategy was no",
         };
-        return html + &format!("<p class=\"soft\">No evaluation was made {why}.</p>\n");
+        return html + &format!("<p class=\"soft\">No evaluation was made {why}.</p>\n") + &prompts(run);
     }
     let mut names: Vec<String> = Vec::new();
     for key in lines.iter().flat_map(serde_json::Map::keys) {
