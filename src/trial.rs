@@ -210,6 +210,9 @@ fn wrapped(text: &str, width: usize) -> Vec<String> {
             }
             while word.width() > width {
                 let (part, rest) = word.split_at(fitting(word, width));
+                if rest.is_empty() {
+                    break; // one letter that is wider than a line
+                }
                 lines.push(part.to_owned());
                 word = rest;
             }
