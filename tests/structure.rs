@@ -585,37 +585,37 @@ fn code_is_read_without_comments_and_texts() {
     assert_eq!(used, ["alpha", "beta", "delta", "epsilon", "gamma"]);
 }
 
-/// `tests/gpu --races` takes ten minutes, so that it is no part of every run of the tests. It records the code of the
-/// kernels that it has seen, without comments and blanks. Other code has to be seen again.
+/// `tests/gpu --detectors` takes 15 minutes, so that it is no part of every run of the tests. It records the code that
+/// it has run: the kernels and the operations that launch them, without comments and blanks. Other code has to be run
+/// again.
 #[test]
-fn the_race_detector_has_seen_these_kernels() {
-    const RECORD: &str = "kernels/races.txt";
-    let comment = Regex::new(r"//[^\n]*").unwrap();
-    let files = std::fs::read_dir("kernels").unwrap().map(|entry| entry.unwrap().path());
-    let mut files: Vec<PathBuf> = files
-        .filter(|path| path.extension().is_some_and(|ending| ending == "cu" || ending == "cuh"))
-        .collect();
+fn the_detectors_have_seen_these_kernels() {
+    const RECORD: &str = "kernels/checked.txt";
+    let kernels = std::fs::read_dir(root("kernels")).unwrap().map(|entry| entry.unwrap().path());
+    let is_kernel = |path: &PathBuf| path.extension().is_some_and(|ending| ending == "cu" || ending == "cuh");
+    let mut files: Vec<PathBuf> = kernels.filter(is_kernel).collect();
+    files.extend(rust_files(&root("src/ops")).into_iter().filter(|file| text(file).contains("Launch::")));
     files.sort();
+    let comment = Regex::new(r"//[^\n]*").unwrap();
     let mut code = Sha256::new();
     for file in &files {
-        let text = std::fs::read_to_string(file).unwrap();
-        code.update(format!("{}\n", file.display()));
-        for word in comment.replace_all(&text, "").split_whitespace().filter(|word| *word != "\\") {
+        code.update(relative(file) + "\n");
+        for word in comment.replace_all(&text(file), "").split_whitespace().filter(|word| *word != "\\") {
             code.update(word);
         }
     }
-    let code = format!("sha256 of the kernels' code: {}", hex(&code.finalize()));
+    let code = format!("sha256 of {} files: {}", files.len(), hex(&code.finalize()));
     if let Ok(tests) = std::env::var("HONE_KERNELS_CHECKED") {
         let text = format!(
-            "`tests/gpu --races` writes this file when the race detector has found nothing in all kernels.\n\n{code}\n\
-             tests that run kernels: {tests}\n"
+            "`tests/gpu --detectors` writes this file if the sanitizers and the race detector have found nothing.\n\n\
+             {code}\nnames of tests that run kernels: {tests}\n"
         );
-        std::fs::write(RECORD, text).unwrap();
+        std::fs::write(root(RECORD), text).unwrap();
     }
-    let record = std::fs::read_to_string(RECORD).unwrap_or_default();
+    let record = std::fs::read_to_string(root(RECORD)).unwrap_or_default();
     assert!(
         record.lines().any(|line| line == code),
-        "{RECORD}: the kernels have changed: run tests/gpu --races"
+        "{RECORD}: kernels or their launches have changed: run tests/gpu --detectors"
     );
 }
 

@@ -2,7 +2,7 @@
 //! and failing disks, signals, servers that break off, stall and refuse, and clocks that are wrong. A job is started
 //! again until its faults are used up. It must then end in the adapter and the image of an undisturbed run.
 //!
-//! `cargo test --test faults survives` tries 300 seeds, `HONE_SIMULATE=5000` so many; `HONE_SEED=N` begins at that one.
+//! `cargo test --test faults survives` tries 100 seeds, `HONE_SIMULATE=5000` so many; `HONE_SEED=N` begins at that one.
 //! A seed draws all faults of its job; a failing seed is named with them, and `HONE_SIMULATE=1 HONE_SEED=N` repeats it.
 //! `HONE_SOAK=10000 cargo test --test faults soak -- --nocapture` trains so many steps, with faults.
 
@@ -20,7 +20,7 @@ use crate::random::{Random, setting};
 use hone::source::digest;
 use serde_json::{Value, json};
 
-const SEEDS: u64 = 300;
+const SEEDS: u64 = 100;
 /// LIMIT: a process of a job takes well below a second, and its waits pass on its own clock alone. But a busy machine
 /// may give it little time.
 const PROCESS_MAX: Duration = Duration::from_secs(600);
