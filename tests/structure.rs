@@ -607,7 +607,8 @@ fn the_detectors_have_seen_these_kernels() {
     let code = format!("sha256 of {} files: {}", files.len(), hex(&code.finalize()));
     if let Ok(tests) = std::env::var("HONE_KERNELS_CHECKED") {
         let text = format!(
-            "`tests/gpu --detectors` writes this file if the sanitizers and the race detector have found nothing.\n\n\
+            "`tests/gpu --detectors` writes this file if other orders of threads, the sanitizers and the race detector \
+             have found nothing.\n\n\
              {code}\nnames of tests that run kernels: {tests}\n"
         );
         std::fs::write(root(RECORD), text).unwrap();
