@@ -64,7 +64,7 @@ pub(super) struct Serve {
     /// flags
     #[arg(long, value_name = "KEY", env = "HONE_API_KEY", hide_env_values = true)]
     api_key: Option<String>,
-    /// Origin of web pages that may ask this server, such as https://chat.example.com; * allows all; may be repeated
+    /// Origin of web pages that may ask this server; * allows all; may be repeated
     #[arg(long, value_name = "ORIGIN", env = "HONE_ALLOWED_ORIGINS", value_delimiter = ',')]
     allowed_origins: Vec<String>,
     /// Certificate chain (PEM), for HTTPS
