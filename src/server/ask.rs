@@ -373,7 +373,7 @@ fn message(at: usize, message: &Value) -> Result<Value> {
         Value::Array(parts) => {
             let text = |part: &Value| {
                 let kind = part["type"].as_str()?;
-                // What an assistant refused may be sent back as it came.
+                // A client may send back an assistant's refusal as it came.
                 let known = kind == "text" || kind == "refusal" && role == "assistant";
                 known.then(|| part[kind].as_str().map(String::from)).flatten()
             };

@@ -205,7 +205,7 @@ impl Model {
     }
 }
 
-/// The tokenizer says about a text why it makes no tokens of it.
+/// Returns the error for a text of which the tokenizer makes no tokens, with its reason.
 fn unusable(problem: String) -> Error {
     Error::bad(format!("The text cannot be used: {problem}"))
 }

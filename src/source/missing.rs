@@ -1,11 +1,11 @@
-//! A path at which nothing is -> the remedy: it may be an address, or several paths, that was not written as such.
+//! A path at which there is nothing -> the remedy. The text may be meant as an address or as several paths.
 
 use std::path::Path;
 
 /// The remedy for a path that is wrong, or not mounted.
 pub const LOOK: &str = "check the path and, in a container, the mount";
 
-/// The remedy for a path at which nothing is.
+/// Returns the remedy for a path at which there is nothing.
 pub fn remedy(text: &str) -> String {
     let is_there = |path: &str| !path.is_empty() && Path::new(path).exists();
     if let Some((path, _)) = text.rsplit_once('#').filter(|(path, _)| is_there(path)) {
@@ -25,7 +25,7 @@ pub fn remedy(text: &str) -> String {
     }
 }
 
-/// OWNER/NAME of a text that is a dataset of the hub with parts of its address missing, or the address of its page.
+/// Returns OWNER/NAME of a text that is a dataset of the hub with parts of its address missing, or the address of its page.
 pub fn hub_dataset(text: &str) -> Option<String> {
     let page = text.split_once("huggingface.co/datasets/").map(|(_, dataset)| dataset);
     let mut parts = page.unwrap_or(text).split('/');

@@ -29,7 +29,7 @@ pub(super) fn expand(spec: &mut Spec, environment: Environment, mistakes: &mut M
     }
 }
 
-/// A place that a user gave, with the home folder in the place of the `~`.
+/// Returns a place that a user gave, with the home folder in the place of the `~`.
 ///
 /// # Errors
 /// Config: there is no home folder.
@@ -55,7 +55,7 @@ fn texts(value: &mut Value) -> Vec<&mut String> {
     }
 }
 
-/// The text before the `~` of a home folder, and the text behind it.
+/// Returns the text before the `~` of a home folder, and the text behind it.
 fn split(text: &str) -> Option<(&str, &str)> {
     let before = BEFORE.into_iter().find(|before| text.starts_with(before)).unwrap_or("");
     let below = text[before.len()..].strip_prefix('~')?;

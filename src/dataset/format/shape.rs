@@ -3,7 +3,7 @@
 use super::{FORMATS, Options, column, resolve};
 use arrow::datatypes::{DataType, Field, Fields, Schema};
 
-/// The remedy for a file whose rows or fields lie deeper than its columns, or whose header is one column.
+/// Returns the remedy for a file whose rows or fields lie deeper than its columns, or whose header is one column.
 pub(super) fn remedy(schema: &Schema, options: &Options) -> Option<String> {
     let columns = schema.fields();
     if let [only] = &columns[..]
@@ -46,7 +46,7 @@ fn is_numbered(column: &Field) -> bool {
 /// Returns whether objects with these fields would be rows of a layout.
 fn fits(fields: &Fields, options: &Options) -> bool {
     let schema = Schema::new(fields.clone());
-    // A message may have a field `text`, and is no row.
+    // A message of a conversation may have a field `text`, but it is not a row.
     let rows = FORMATS.iter().filter(|format| format.layout != crate::dataset::Layout::Text);
     rows.into_iter().any(|format| matches!(resolve(&schema, format, options, None), Ok(Ok(_))))
 }
