@@ -227,7 +227,7 @@ impl RunFolder {
         }
     }
 
-    /// Returns what differs between the run in this folder and one with these keys and files, as far as the record says it.
+    /// Returns what differs between the run in this folder and one with these keys and files, if the record has it.
     /// LoRA's keys are not in the record.
     pub fn difference(&self, asked: &Map<String, Value>, data: &[source::File]) -> Option<String> {
         const SHOWN_MAX: usize = 3;
