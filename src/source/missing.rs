@@ -25,7 +25,8 @@ pub fn remedy(text: &str) -> String {
     }
 }
 
-/// Returns OWNER/NAME of a text that is a dataset of the hub with parts of its address missing, or the address of its page.
+/// Returns OWNER/NAME of a text that is a dataset of the hub with parts of its address missing, or the address of its
+/// page.
 pub fn hub_dataset(text: &str) -> Option<String> {
     let page = text.split_once("huggingface.co/datasets/").map(|(_, dataset)| dataset);
     let mut parts = page.unwrap_or(text).split('/');
